@@ -1,0 +1,181 @@
+//! What must outlive the process: executors, bindings, registrations, own tokens, revocations, gateway keys.
+//!
+//! [`Store`] answers the few questions the gateway asks. Every answer comes from one thread that owns the database
+//! (`embedded`), so callers never block the runtime.
+
+mod embedded;
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use exec_gateway_protocol::ids::{EnvironmentName, ExecutorId, RegistrationId, TokenId, TurnId, UserId, WorkspaceId};
+
+pub use embedded::Store;
+
+/// Why the store could not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database is locked or its disk does not answer; a later try may succeed.
+    #[error("the store does not answer")]
+    Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The request contradicts what is stored; the text names the conflict.
+    #[error("{0}")]
+    Conflict(String),
+    /// Nothing of that name is stored; the text names it.
+    #[error("{0}")]
+    NotFound(String),
+    /// The file is not a store of this program or version.
+    #[error("the store is damaged or of another version")]
+    Damaged(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// Proof that a workspace may reach an executor: only the store makes one.
+#[derive(Debug, Clone)]
+pub struct Binding {
+    workspace: WorkspaceId,
+    executor: ExecutorId,
+    name: EnvironmentName,
+    is_default: bool,
+    description: String,
+}
+
+impl Binding {
+    /// The tenant that may reach the executor.
+    pub fn workspace(&self) -> &WorkspaceId {
+        &self.workspace
+    }
+    /// The executor it may reach.
+    pub fn executor(&self) -> &ExecutorId {
+        &self.executor
+    }
+    /// The tenant's name for it.
+    pub fn name(&self) -> &EnvironmentName {
+        &self.name
+    }
+    /// Whether it is chosen where no environment is named.
+    pub fn is_default(&self) -> bool {
+        self.is_default
+    }
+    /// Free text of the operator.
+    pub fn description(&self) -> &str {
+        &self.description
+    }
+}
+
+/// An executor as stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Executor {
+    /// Its id on the wire.
+    pub id: ExecutorId,
+    /// Counts credentials: the executor's token is derived from id and generation, so raising it revokes the token.
+    pub generation: u64,
+    /// Its owner, where an upstream service made it.
+    pub user: Option<UserId>,
+    /// When it was created.
+    pub created_at: SystemTime,
+    /// When its link was last known to be up.
+    pub last_seen: Option<SystemTime>,
+}
+
+/// How a registered executor speaks on its socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// Relay frames, each stream end-to-end encrypted.
+    Noise,
+    /// Relay frames in clear (older codex).
+    Relay,
+    /// One JSON-RPC message per WebSocket message, signed with SigV4.
+    Direct,
+    /// One JSON-RPC message per WebSocket message.
+    Agentx,
+}
+
+/// What `register` stored before it answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Registration {
+    /// Its id.
+    pub id: RegistrationId,
+    /// Whose it is.
+    pub executor: ExecutorId,
+    /// How that executor speaks.
+    pub transport: Transport,
+    /// The executor's X25519 key (32 bytes) followed by its ML-KEM-768 key (1184 bytes); empty without encryption.
+    pub public_key: Vec<u8>,
+    /// SHA-256 of the credential it registered with.
+    pub credential: [u8; 32],
+    /// When it was made.
+    pub created_at: SystemTime,
+}
+
+/// One of the gateway's own proxy tokens. The token itself is not stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Token {
+    /// Its public id.
+    pub id: TokenId,
+    /// The tenant it opens.
+    pub workspace: WorkspaceId,
+    /// The person it stands for.
+    pub user: Option<UserId>,
+    /// Whether it may only read.
+    pub read_only: bool,
+    /// When it was created.
+    pub created_at: SystemTime,
+    /// When it ends; `None` is never.
+    pub expires_at: Option<SystemTime>,
+}
+
+/// What a revocation ends.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum RevocationScope {
+    /// Every cap-token of this turn.
+    Turn(TurnId),
+    /// Every cap-token of this workspace issued up to the revocation.
+    Workspace(WorkspaceId),
+}
+
+/// A stored revocation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Revocation {
+    /// What it ends.
+    pub scope: RevocationScope,
+    /// When it was made; cap-tokens of a workspace issued later are valid.
+    pub revoked_at: SystemTime,
+    /// From when it may be forgotten, since nothing it ends could still be valid.
+    pub forget_at: SystemTime,
+}
+
+/// What a gateway key signs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KeyPurpose {
+    /// Cap-tokens.
+    CapToken,
+    /// Executor tickets.
+    Ticket,
+    /// Derived executor tokens.
+    Executor,
+    /// Authorizations of encrypted harnesses.
+    Harness,
+}
+
+/// One secret of the gateway.
+#[derive(Clone)]
+pub struct GatewayKey {
+    /// Names the key in what it signs.
+    pub kid: String,
+    /// 32 random bytes.
+    pub secret: zeroize::Zeroizing<Vec<u8>>,
+}
+
+/// The keys of one purpose: one signs, both verify.
+#[derive(Clone)]
+pub struct Keyring {
+    /// Signs and verifies.
+    pub current: GatewayKey,
+    /// Verifies what was signed before the last rotation.
+    pub previous: Option<GatewayKey>,
+}
+
+/// The file of the store inside the state directory.
+pub fn path_in(state_dir: &Path) -> std::path::PathBuf {
+    state_dir.join("gateway.db")
+}

@@ -1,0 +1,204 @@
+//! Every failure → status, code, message: the only place where status codes are chosen.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use hyper::header::{HeaderName, HeaderValue};
+
+use crate::auth::AuthError;
+use crate::edge::body::BodyError;
+use crate::edge::upgrade::UpgradeError;
+use crate::protocol::rest::Ran;
+use crate::store::StoreError;
+use crate::tools::ToolError;
+use crate::workspace::{ReachError, TooManyCalls};
+
+/// An answer that says what went wrong. `message` is for the caller, `cause` for the log: a caller never learns an
+/// address or another tenant's name.
+#[derive(Debug)]
+pub struct ApiError {
+    status: u16,
+    code: &'static str,
+    message: String,
+    ran: Option<Ran>,
+    retry_after_secs: Option<u64>,
+    headers: Vec<(HeaderName, HeaderValue)>,
+    cause: Option<String>,
+}
+
+impl ApiError {
+    /// An error with its status, code and text for the caller.
+    pub fn new(status: u16, code: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            code,
+            message: message.into(),
+            ran: None,
+            retry_after_secs: None,
+            headers: Vec::new(),
+            cause: None,
+        }
+    }
+
+    /// A fault of the gateway itself.
+    pub fn internal(message: &str) -> Self {
+        Self::new(500, "internal", message)
+    }
+
+    /// Says when another try is worthwhile, in whole seconds.
+    pub fn retry_after(mut self, secs: u64) -> Self {
+        self.retry_after_secs = Some(secs);
+        self
+    }
+
+    /// Says whether the call may have run.
+    pub fn with_ran(mut self, ran: Ran) -> Self {
+        self.ran = Some(ran);
+        self
+    }
+
+    /// Adds a header to the answer.
+    pub fn with_header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.headers.push((name, value));
+        self
+    }
+
+    /// Keeps what failed, for the log.
+    pub fn caused_by(mut self, error: &(dyn Error + 'static)) -> Self {
+        let mut text = error.to_string();
+        let mut source = error.source();
+        while let Some(error) = source {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            source = error.source();
+        }
+        self.cause = Some(text);
+        self
+    }
+
+    /// HTTP status.
+    pub fn status(&self) -> u16 {
+        self.status
+    }
+
+    /// Machine-readable code.
+    pub fn code(&self) -> &'static str {
+        self.code
+    }
+
+    /// Text for the caller.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// Whether the call may have run, where that is in question.
+    pub fn ran(&self) -> Option<Ran> {
+        self.ran
+    }
+
+    /// When to try again, in seconds.
+    pub fn retry_after_secs(&self) -> Option<u64> {
+        self.retry_after_secs
+    }
+
+    /// Further headers of the answer.
+    pub fn headers(&self) -> &[(HeaderName, HeaderValue)] {
+        &self.headers
+    }
+
+    /// What failed, for the log.
+    pub fn cause(&self) -> Option<&str> {
+        self.cause.as_deref()
+    }
+}
+
+impl From<AuthError> for ApiError {
+    fn from(error: AuthError) -> Self {
+        let (status, code) = match &error {
+            AuthError::MissingBearer => (401, "missing_bearer"),
+            AuthError::Invalid | AuthError::Expired | AuthError::Revoked => (401, "invalid_token"),
+            AuthError::Unavailable { .. } => (503, "auth_unavailable"),
+        };
+        let refused = Self::new(status, code, error.to_string()).caused_by(&error);
+        if status == 503 { refused.retry_after(2) } else { refused }
+    }
+}
+
+impl From<BodyError> for ApiError {
+    fn from(error: BodyError) -> Self {
+        let (status, code) = match error {
+            BodyError::TooLarge(_) => (413, "body_too_large"),
+            BodyError::Timeout(_) => (408, "body_timeout"),
+            BodyError::Broken => (400, "bad_request"),
+        };
+        Self::new(status, code, error.to_string())
+    }
+}
+
+impl From<UpgradeError> for ApiError {
+    fn from(error: UpgradeError) -> Self {
+        match error {
+            UpgradeError::NotWebSocket => Self::new(426, "upgrade_required", error.to_string())
+                .with_header(hyper::header::UPGRADE, HeaderValue::from_static("websocket")),
+            // RFC 6455 §4.4 names the version that is understood.
+            UpgradeError::Version => Self::new(426, "upgrade_required", error.to_string())
+                .with_header(hyper::header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13")),
+        }
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        Self::new(503, "store_unavailable", "the gateway's store does not answer").retry_after(2).caused_by(&error)
+    }
+}
+
+impl From<TooManyCalls> for ApiError {
+    fn from(error: TooManyCalls) -> Self {
+        Self::new(429, "too_many_calls", error.to_string()).retry_after(1)
+    }
+}
+
+impl From<&ReachError> for ApiError {
+    fn from(error: &ReachError) -> Self {
+        let message = error.to_string();
+        match error {
+            ReachError::NoEnvironment(_) => Self::new(404, "env_not_found", message),
+            ReachError::NotConnected(_) => Self::new(503, "executor_not_connected", message).retry_after(2),
+            ReachError::TooManyStreams => Self::new(429, "too_many_streams", message).retry_after(1),
+            ReachError::Unreachable { .. } => {
+                Self::new(504, "executor_timeout", message).with_ran(Ran::No).caused_by(error)
+            }
+            ReachError::Refused(_) => Self::new(403, "forbidden", message).caused_by(error),
+            ReachError::Store(_) => {
+                Self::new(503, "store_unavailable", message).retry_after(2).caused_by(error)
+            }
+        }
+    }
+}
+
+impl From<Arc<ReachError>> for ApiError {
+    fn from(error: Arc<ReachError>) -> Self {
+        Self::from(&*error)
+    }
+}
+
+impl From<ReachError> for ApiError {
+    fn from(error: ReachError) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<ToolError> for ApiError {
+    fn from(error: ToolError) -> Self {
+        match &error {
+            ToolError::Arguments(message) => Self::new(400, "bad_arguments", message.clone()),
+            ToolError::Reach(reach) => Self::from(&**reach),
+            ToolError::Lost { ran } => Self::new(502, "executor_unreachable", error.to_string()).with_ran(*ran),
+            ToolError::NoAnswer { ran } => Self::new(504, "executor_timeout", error.to_string()).with_ran(*ran),
+            ToolError::Malformed(cause) => {
+                Self::new(502, "executor_unreachable", error.to_string()).with_ran(Ran::Unknown).caused_by(cause)
+            }
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! The doors: parse, authenticate, call the domain, answer. No rules of the domain live here.
+
+pub mod error;
+pub mod executor;
+pub mod rest;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use futures_util::FutureExt;
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use hyper::{HeaderMap, Method, Request, Response, StatusCode};
+use serde::Serialize;
+use tokio_util::task::TaskTracker;
+
+use self::error::ApiError;
+use crate::config::Config;
+use crate::edge::body::{Body, full};
+use crate::edge::router::{Envelope, Route, RouteError, Router};
+use crate::ops::metrics::Metrics;
+use crate::protocol::rest::ErrorBody;
+use crate::workspace::Corridor;
+use crate::workspace::cache::Workspaces;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// What the doors need.
+pub struct Api {
+    /// The effective configuration.
+    pub config: Config,
+    /// Store, rights, connected executors.
+    pub corridor: Arc<Corridor>,
+    /// Tenants in memory.
+    pub workspaces: Workspaces,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Tasks that own an executor's socket.
+    pub links: TaskTracker,
+    /// Set while the gateway stops: new calls are refused.
+    pub draining: AtomicBool,
+    router: Router,
+}
+
+impl Api {
+    /// Puts the doors in front of the domain.
+    pub fn new(config: Config, corridor: Arc<Corridor>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            workspaces: Workspaces::new(corridor.clone()),
+            config,
+            corridor,
+            metrics,
+            links: TaskTracker::new(),
+            draining: AtomicBool::new(false),
+            router: Router::new(),
+        }
+    }
+
+    /// Answers one request. Never fails: whatever goes wrong becomes an answer in the envelope of its door.
+    pub async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        let request_id = request_id(request.headers());
+        let method = request.method().clone();
+        let path = request.uri().path().to_owned();
+        let found = self.router.find(&method, &path);
+        let envelope = found.as_ref().map_or(Envelope::Json, |(route, _)| route.envelope());
+        let result = match found {
+            Ok((route, parameter)) => {
+                let metrics = self.metrics.clone();
+                let handled = std::panic::AssertUnwindSafe(self.dispatch(route, parameter, request)).catch_unwind();
+                handled.await.unwrap_or_else(|_| {
+                    metrics.panics.inc();
+                    Err(ApiError::internal("the gateway failed at this request"))
+                })
+            }
+            Err(RouteError::NotFound) => Err(ApiError::new(404, "not_found", "no such path")),
+            Err(RouteError::Method(allowed)) => Err(ApiError::new(405, "method_not_allowed", format!("use {allowed}"))
+                .with_header(ALLOW, HeaderValue::from_str(allowed.as_str()).expect("a method is a header value"))),
+        };
+        let mut response = result.unwrap_or_else(|error| {
+            // The path only: queries carry tickets and tokens.
+            tracing::info!(
+                request_id = %request_id.to_str().unwrap_or_default(),
+                %method, path, status = error.status(), code = error.code(),
+                cause = error.cause().map(tracing::field::display),
+                "refused"
+            );
+            render(&error, envelope)
+        });
+        response.headers_mut().insert(REQUEST_ID, request_id);
+        response
+    }
+
+    async fn dispatch(
+        self: Arc<Self>,
+        route: Route,
+        parameter: String,
+        request: Request<Incoming>,
+    ) -> Result<Response<Body>, ApiError> {
+        match route {
+            Route::EnvList => rest::list_environments(&self, request).await,
+            Route::ToolCall => rest::call_tool(&self, &parameter, request).await,
+            Route::RegisterCodex => executor::register(&self, executor::Door::Codex, &parameter, request).await,
+            Route::RegisterAgentx => executor::register(&self, executor::Door::Agentx, &parameter, request).await,
+            Route::Validate => executor::validate(&self, &parameter, request).await,
+            Route::Bridge => executor::open_link(&self, &parameter, request).await,
+            Route::Health => {
+                let body = if request.method() == Method::HEAD { full("") } else { full("ok\n") };
+                Ok(Response::new(body))
+            }
+        }
+    }
+
+    fn refuse_while_draining(&self) -> Result<(), ApiError> {
+        if self.draining.load(Ordering::Relaxed) {
+            return Err(ApiError::new(503, "draining", "the gateway is restarting").retry_after(1));
+        }
+        Ok(())
+    }
+}
+
+/// The caller's request id where it is a usable one, else a new one.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let usable = |value: &&HeaderValue| {
+        let bytes = value.as_bytes();
+        (1..=128).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
+    };
+    headers.get(REQUEST_ID).filter(usable).cloned().unwrap_or_else(|| {
+        let id = format!("req_{}", uuid::Uuid::new_v4().simple());
+        HeaderValue::from_str(&id).expect("a UUID is a header value")
+    })
+}
+
+fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
+    let (body, content_type) = match envelope {
+        Envelope::Json => {
+            let body = ErrorBody::new(error.code(), error.message(), error.ran());
+            (full(json_line(&body)), "application/json")
+        }
+        Envelope::Text => (full(format!("{}\n", error.message())), "text/plain; charset=utf-8"),
+    };
+    let mut response = Response::new(body);
+    *response.status_mut() = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    if let Some(secs) = error.retry_after_secs() {
+        headers.insert(RETRY_AFTER, HeaderValue::from(secs));
+    }
+    for (name, value) in error.headers() {
+        headers.insert(name.clone(), value.clone());
+    }
+    response
+}
+
+/// A JSON answer ends with a newline, as the original's do.
+fn json_line(value: &impl Serialize) -> Vec<u8> {
+    let mut line = serde_json::to_vec(value).expect("bodies of the API are plain data");
+    line.push(b'\n');
+    line
+}
+
+fn json(value: &impl Serialize) -> Response<Body> {
+    let mut response = Response::new(full(json_line(value)));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}

@@ -1,0 +1,170 @@
+//! Connector REST: environments and tool calls of a workspace (connectors-api.md §2.2).
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::{Request, Response};
+use tokio::time::{Instant, interval_at, timeout};
+
+use super::error::ApiError;
+use super::{Api, json, json_line};
+use crate::auth::{Principal, bearer};
+use crate::edge::body::{self, Body};
+use crate::ops::metrics::CallLabels;
+use crate::protocol::rest::{Env, EnvList, ToolCall, ToolInfo, ToolResult};
+use crate::time::rfc3339;
+use crate::tools::{Call, Tool};
+use crate::workspace::Workspace;
+
+async fn caller(api: &Api, request: &Request<Incoming>) -> Result<Principal, ApiError> {
+    Ok(api.corridor.auth.principal(bearer(request.headers())?).await?)
+}
+
+/// `POST …/envs/list`: the connected environments of the caller's workspace. The body is ignored, as the original
+/// does.
+pub async fn list_environments(api: &Arc<Api>, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    api.refuse_while_draining()?;
+    let principal = caller(api, &request).await?;
+    let workspace = api.workspaces.get(&principal);
+    let tools: Vec<ToolInfo> = workspace.tools().iter().map(|tool| tool.info()).collect();
+    let bindings = workspace.environments().await?;
+    let connected = bindings.iter().filter_map(|binding| {
+        let since = api.corridor.registry.connected_since(binding)?;
+        Some(Env {
+            name: binding.name().to_string(),
+            kind: "executor".to_owned(),
+            is_default: binding.is_default(),
+            tools: tools.clone(),
+            last_seen: Some(rfc3339(since)),
+        })
+    });
+    Ok(json(&EnvList { envs: connected.collect() }))
+}
+
+/// `POST …/envs/{name}/tool/call`
+pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    api.refuse_while_draining()?;
+    let principal = caller(api, &request).await?;
+    let workspace = api.workspaces.get(&principal);
+    let place = workspace.begin_call()?;
+    let edge = &api.config.edge;
+    let wait = Duration::from_secs(edge.body_timeout_secs);
+    let body = body::read(request.into_body(), edge.body_bytes_max, wait).await?;
+    let call: ToolCall = parse(&body)?;
+    drop(body);
+    let tool = Tool::named(&call.tool)
+        .filter(|tool| workspace.tools().contains(tool))
+        .ok_or_else(|| ApiError::new(400, "unknown_tool", format!("no such tool: {}", call.tool)))?;
+    if principal.scopes().read_only && !tool.is_read_only() {
+        return Err(ApiError::new(403, "forbidden", format!("the token may only read, and {} does more", tool.name())));
+    }
+    check_environment(name, &call)?;
+
+    let run = run(api.clone(), workspace, tool, name.to_owned(), call);
+    let mut run: Pin<Box<RunningCall>> = Box::pin(async move {
+        let result = run.await;
+        drop(place);
+        result
+    });
+    let tools = &api.config.tools;
+    match timeout(Duration::from_secs(tools.keepalive_after_secs), &mut run).await {
+        Ok(result) => Ok(json(&result?)),
+        Err(_) => Ok(keep_alive(run, Duration::from_secs(tools.keepalive_secs))),
+    }
+}
+
+type RunningCall = dyn Future<Output = Result<ToolResult, ApiError>> + Send;
+
+async fn run(
+    api: Arc<Api>,
+    workspace: Arc<Workspace>,
+    tool: Tool,
+    environment: String,
+    call: ToolCall,
+) -> Result<ToolResult, ApiError> {
+    let started = Instant::now();
+    let result = async {
+        let binding = workspace.environment(&environment).await?;
+        let call = Call { workspace, binding, settings: &api.config.tools, started, arguments: call.arguments };
+        Ok::<_, ApiError>(tool.call(call).await?)
+    }
+    .await;
+    let outcome = match &result {
+        Ok(result) if result.is_error => "failed",
+        Ok(_) => "ok",
+        Err(error) => error.code(),
+    };
+    api.metrics.calls.get_or_create(&CallLabels { tool: tool.name(), outcome }).inc();
+    result
+}
+
+/// Sends the status at once and a space now and then, since the Python client gives up after 30 s of silence. What
+/// goes wrong from here on is told inside the result.
+fn keep_alive(run: Pin<Box<RunningCall>>, every: Duration) -> Response<Body> {
+    struct State {
+        run: Pin<Box<RunningCall>>,
+        spaces: tokio::time::Interval,
+    }
+    // Now and then in that interval, so that the first silence is not longer than the others.
+    let state = State { run, spaces: interval_at(Instant::now(), every) };
+    let frames = stream::unfold(Some(state), |state| async {
+        let mut state = state?;
+        let (bytes, state) = tokio::select! {
+            result = &mut state.run => {
+                let result = result.unwrap_or_else(|error| late_failure(&error));
+                (Bytes::from(json_line(&result)), None)
+            }
+            _ = state.spaces.tick() => (Bytes::from_static(b" "), Some(state)),
+        };
+        Some((Ok::<_, Infallible>(Frame::data(bytes)), state))
+    });
+    let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// An error after the status has been sent.
+fn late_failure(error: &ApiError) -> ToolResult {
+    let mut structured = serde_json::json!({ "code": error.code() });
+    if let Some(ran) = error.ran() {
+        structured["ran"] = serde_json::json!(ran);
+    }
+    ToolResult::failed(error.message(), Some(structured))
+}
+
+fn parse(body: &[u8]) -> Result<ToolCall, ApiError> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let call = serde_path_to_error::deserialize(&mut json)
+        .map_err(|error| ApiError::new(400, "bad_request", field_error("", &error)))?;
+    json.end().map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
+    Ok(call)
+}
+
+/// A decoder's error with the field it is about.
+pub fn field_error(prefix: &str, error: &serde_path_to_error::Error<serde_json::Error>) -> String {
+    let path = error.path().to_string();
+    match path.as_str() {
+        "." | "?" => format!("{prefix}{}", error.inner()),
+        path => format!("{prefix}{path}: {}", error.inner()),
+    }
+}
+
+/// The path decides where a call runs; an `environment_id` that says otherwise is refused rather than overruled.
+fn check_environment(name: &str, call: &ToolCall) -> Result<(), ApiError> {
+    match call.arguments.get("environment_id") {
+        None | Some(serde_json::Value::Null) => Ok(()),
+        Some(serde_json::Value::String(id)) if id == name => Ok(()),
+        Some(serde_json::Value::String(id)) => {
+            let message = format!("the path names environment \"{name}\" and environment_id names \"{id}\"");
+            Err(ApiError::new(409, "env_mismatch", message))
+        }
+        Some(_) => Err(ApiError::new(400, "bad_arguments", "environment_id: expected a string")),
+    }
+}

@@ -1,0 +1,198 @@
+//! Accepts connections and serves HTTP on each, within the bounds of the configuration.
+//!
+//! One task accepts, one task owns each connection; a connection that fails or panics ends alone.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::SockRef;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::body::Body;
+use crate::config;
+
+/// Pause after the kernel refused to accept (no file descriptors left, usually): it lasts until a connection ends.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long an idle connection may stay open between two requests. Longer than the keep-alive of usual clients, so
+/// that they, not we, close first.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Serves one kind of requests on any number of addresses.
+pub struct Listener<S> {
+    settings: config::Edge,
+    dead_after: Duration,
+    service: S,
+    permits: Arc<Semaphore>,
+    /// Every connection task, for shutdown to wait on.
+    pub connections: TaskTracker,
+    /// Cancelled to finish the answers under way and close.
+    pub drain: CancellationToken,
+}
+
+impl<S, F> Listener<S>
+where
+    S: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    /// A listener that answers with `service`; `dead_after` bounds how long sent bytes may stay unacknowledged.
+    pub fn new(settings: config::Edge, dead_after: Duration, service: S) -> Arc<Self> {
+        Arc::new(Self {
+            permits: Arc::new(Semaphore::new(settings.connections_max)),
+            settings,
+            dead_after,
+            service,
+            connections: TaskTracker::new(),
+            drain: CancellationToken::new(),
+        })
+    }
+
+    /// Accepts until `stop`. The socket closes when this returns.
+    pub async fn accept(self: Arc<Self>, socket: TcpListener, stop: CancellationToken) {
+        loop {
+            // At the bound connections wait in the kernel's queue.
+            let permit = tokio::select! {
+                permit = self.permits.clone().acquire_owned() => permit.expect("the permits are never closed"),
+                () = stop.cancelled() => return,
+            };
+            let accepted = tokio::select! {
+                accepted = socket.accept() => accepted,
+                () = stop.cancelled() => return,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    let listener = self.clone();
+                    self.connections.spawn(async move {
+                        listener.serve(stream).await;
+                        drop(permit);
+                    });
+                }
+                Err(error) if is_of_one_connection(&error) => {}
+                Err(error) => {
+                    tracing::error!(%error, "accepting a connection failed");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn serve(&self, stream: TcpStream) {
+        let _ = stream.set_nodelay(true);
+        // Frees a socket whose peer vanished while bytes were on their way; idle ones are found by pings.
+        let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(self.dead_after));
+
+        let activity = Arc::new(Activity::new(Duration::from_secs(self.settings.header_timeout_secs)));
+        let service = {
+            let activity = activity.clone();
+            let service = self.service.clone();
+            service_fn(move |request| {
+                let busy = Busy::new(activity.clone());
+                let answer = service(request);
+                async move {
+                    let answer = answer.await;
+                    Ok::<_, Infallible>(answer.map(|body| {
+                        // The connection is busy until the last byte of the body was taken.
+                        body.map_frame(move |frame| {
+                            let _ = &busy;
+                            frame
+                        })
+                        .boxed_unsync()
+                    }))
+                }
+            })
+        };
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(None)
+            .max_buf_size(self.settings.header_bytes_max)
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades();
+        let mut connection = pin!(connection);
+        let mut idle = pin!(activity.expired());
+        let mut draining = false;
+        loop {
+            tokio::select! {
+                ended = connection.as_mut() => {
+                    if let Err(error) = ended {
+                        tracing::debug!(%error, "connection ended");
+                    }
+                    return;
+                }
+                () = self.drain.cancelled(), if !draining => {
+                    draining = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+                () = idle.as_mut() => return,
+            }
+        }
+    }
+}
+
+/// Whether an accept failed because of the one connection it would have accepted.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+    )
+}
+
+/// When one connection was last of use: requests under way keep it, silence ends it.
+struct Activity {
+    requests: AtomicUsize,
+    deadline: watch::Sender<Instant>,
+}
+
+impl Activity {
+    fn new(first_request: Duration) -> Self {
+        Self { requests: AtomicUsize::new(0), deadline: watch::Sender::new(Instant::now() + first_request) }
+    }
+
+    async fn expired(&self) {
+        let mut deadline = self.deadline.subscribe();
+        loop {
+            let until = *deadline.borrow_and_update();
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => {
+                    if self.requests.load(Ordering::Acquire) == 0 && *self.deadline.borrow() <= Instant::now() {
+                        return;
+                    }
+                    // Busy: the end of the request moves the deadline.
+                    let _ = deadline.changed().await;
+                }
+                _ = deadline.changed() => {}
+            }
+        }
+    }
+}
+
+/// One request under way.
+struct Busy(Arc<Activity>);
+
+impl Busy {
+    fn new(activity: Arc<Activity>) -> Self {
+        activity.requests.fetch_add(1, Ordering::AcqRel);
+        Self(activity)
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.requests.fetch_sub(1, Ordering::AcqRel);
+        self.0.deadline.send_replace(Instant::now() + IDLE_TIMEOUT);
+    }
+}

@@ -1,0 +1,151 @@
+//! Method and path → door: every endpoint of the gateway in one list.
+
+use hyper::Method;
+use matchit::{Match, Params};
+
+/// What an API request asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    /// The environments of a workspace.
+    EnvList,
+    /// One tool call.
+    ToolCall,
+    /// An executor registers: codex.
+    RegisterCodex,
+    /// An executor registers: agentx.
+    RegisterAgentx,
+    /// An executor asks whether to trust a harness.
+    Validate,
+    /// An executor or a harness opens its socket.
+    Bridge,
+    /// The gateway is alive.
+    Health,
+}
+
+/// How errors of a route are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Envelope {
+    /// `{"error":{"code","message"}}`
+    Json,
+    /// The message alone.
+    Text,
+}
+
+impl Route {
+    /// How errors of this route are written: WebSocket doors speak plain text (connectors-api.md §2.4).
+    pub fn envelope(self) -> Envelope {
+        match self {
+            Self::Bridge | Self::Health => Envelope::Text,
+            Self::EnvList | Self::ToolCall | Self::RegisterCodex | Self::RegisterAgentx | Self::Validate => {
+                Envelope::Json
+            }
+        }
+    }
+}
+
+/// Why a request has no route.
+#[derive(Debug, PartialEq, Eq)]
+pub enum RouteError {
+    /// No such path.
+    NotFound,
+    /// The path exists for another method, which this names.
+    Method(Method),
+}
+
+/// The table of contents of the API.
+pub struct Router(matchit::Router<(Method, Route)>);
+
+impl Router {
+    /// Every endpoint.
+    pub fn new() -> Self {
+        let mut paths = matchit::Router::new();
+        let mut add = |method: Method, path: &str, route: Route| {
+            paths.insert(path, (method, route)).expect("paths of the table do not conflict");
+        };
+        // The older Python client still calls /api/sdk.
+        for base in ["/api/connectors", "/api/sdk"] {
+            add(Method::POST, &format!("{base}/envs/list"), Route::EnvList);
+            add(Method::POST, &format!("{base}/envs/{{name}}/tool/call"), Route::ToolCall);
+        }
+        add(Method::POST, "/cloud/environment/{id}/register", Route::RegisterCodex);
+        add(Method::POST, "/cloud/executor/{id}/register", Route::RegisterCodex);
+        add(Method::POST, "/agentx/environment/{id}/register", Route::RegisterAgentx);
+        add(Method::POST, "/cloud/environment/{id}/validate", Route::Validate);
+        add(Method::POST, "/cloud/executor/{id}/validate", Route::Validate);
+        add(Method::GET, "/bridge/{id}", Route::Bridge);
+        add(Method::GET, "/codex-exec/{id}", Route::Bridge);
+        add(Method::GET, "/agentx/{id}", Route::Bridge);
+        add(Method::GET, "/healthz", Route::Health);
+        Self(paths)
+    }
+
+    /// The route of a request and the one parameter of its path, percent-decoded.
+    ///
+    /// # Errors
+    /// [`RouteError`].
+    pub fn find(&self, method: &Method, path: &str) -> Result<(Route, String), RouteError> {
+        let Match { value: (wanted, route), params } = self.0.at(path).map_err(|_| RouteError::NotFound)?;
+        if wanted != method && !(*wanted == Method::GET && *method == Method::HEAD && *route == Route::Health) {
+            return Err(RouteError::Method(wanted.clone()));
+        }
+        Ok((*route, parameter(&params).ok_or(RouteError::NotFound)?))
+    }
+}
+
+impl Default for Router {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn parameter(params: &Params<'_, '_>) -> Option<String> {
+    let raw = params.iter().next().map_or("", |(_, value)| value);
+    percent_decode(raw)
+}
+
+/// Decodes `%XX`; `None` where it is malformed or not UTF-8.
+pub fn percent_decode(text: &str) -> Option<String> {
+    if !text.contains('%') {
+        return Some(text.to_owned());
+    }
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        if byte == b'%' {
+            let high = char::from(bytes.next()?).to_digit(16)?;
+            let low = char::from(bytes.next()?).to_digit(16)?;
+            decoded.push(u8::try_from(high * 16 + low).ok()?);
+        } else {
+            decoded.push(byte);
+        }
+    }
+    String::from_utf8(decoded).ok()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_older_clients_paths_lead_to_the_same_doors() {
+        let router = Router::new();
+        for base in ["/api/connectors", "/api/sdk"] {
+            let found = router.find(&Method::POST, &format!("{base}/envs/my-mac/tool/call"));
+            assert_eq!(found, Ok((Route::ToolCall, "my-mac".into())));
+        }
+    }
+
+    #[test]
+    fn a_wrong_method_is_told_the_right_one() {
+        assert_eq!(Router::new().find(&Method::GET, "/api/connectors/envs/list"), Err(RouteError::Method(Method::POST)));
+        assert_eq!(Router::new().find(&Method::GET, "/nowhere"), Err(RouteError::NotFound));
+    }
+
+    #[test]
+    fn names_are_percent_decoded_and_torn_escapes_refused() {
+        assert_eq!(percent_decode("a%2Fb").as_deref(), Some("a/b"));
+        assert_eq!(percent_decode("a%2"), None);
+        assert_eq!(percent_decode("%ff"), None);
+    }
+}

@@ -1,0 +1,86 @@
+//! From an HTTP request to a WebSocket with small buffers and finite sizes.
+
+use std::future::Future;
+
+use hyper::header::{CONNECTION, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
+use hyper::{HeaderMap, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+
+use super::body::{Body, full};
+
+/// The request is not a WebSocket handshake of RFC 6455 §4.2.1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum UpgradeError {
+    /// It does not ask for a WebSocket.
+    #[error("a WebSocket handshake was expected")]
+    NotWebSocket,
+    /// It asks for a version other than 13.
+    #[error("only WebSocket version 13 is spoken")]
+    Version,
+}
+
+/// Sizes and buffers of one socket.
+#[derive(Debug, Clone, Copy)]
+pub struct SocketLimits {
+    /// Read buffer, in bytes: allocated at once for each socket.
+    pub read_buffer_bytes: usize,
+    /// Largest message and frame accepted, in bytes.
+    pub message_bytes_max: usize,
+}
+
+impl From<SocketLimits> for WebSocketConfig {
+    fn from(limits: SocketLimits) -> Self {
+        WebSocketConfig::default()
+            .read_buffer_size(limits.read_buffer_bytes)
+            .max_message_size(Some(limits.message_bytes_max))
+            .max_frame_size(Some(limits.message_bytes_max))
+    }
+}
+
+/// Checks that a request is a WebSocket handshake.
+///
+/// # Errors
+/// [`UpgradeError`].
+pub fn check(headers: &HeaderMap) -> Result<(), UpgradeError> {
+    let lists = |name, token: &str| {
+        headers.get_all(name).iter().filter_map(|value: &HeaderValue| value.to_str().ok()).any(|value: &str| {
+            value.split(',').any(|part| part.trim().eq_ignore_ascii_case(token))
+        })
+    };
+    if !lists(CONNECTION, "upgrade") || !lists(UPGRADE, "websocket") || !headers.contains_key(SEC_WEBSOCKET_KEY) {
+        return Err(UpgradeError::NotWebSocket);
+    }
+    if headers.get(SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
+        return Err(UpgradeError::Version);
+    }
+    Ok(())
+}
+
+/// Accepts a checked handshake: the answer to send, and the socket once it was sent. The socket is `None` when the
+/// client left before.
+pub fn accept<B>(
+    mut request: Request<B>,
+    limits: SocketLimits,
+) -> (Response<Body>, impl Future<Output = Option<WebSocketStream<TcpStream>>>) {
+    let key = request.headers().get(SEC_WEBSOCKET_KEY).map_or(&b""[..], HeaderValue::as_bytes);
+    let accept = derive_accept_key(key);
+    let mut response = Response::new(full(""));
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(SEC_WEBSOCKET_ACCEPT, HeaderValue::from_str(&accept).expect("base64 is a header value"));
+    let upgraded = hyper::upgrade::on(&mut request);
+    let socket = async move {
+        // Taking the TCP stream out of hyper's boxes saves their buffers on every idle socket.
+        let parts = upgraded.await.ok()?.downcast::<TokioIo<TcpStream>>().ok()?;
+        let stream = parts.io.into_inner();
+        let read = parts.read_buf.to_vec();
+        Some(WebSocketStream::from_partially_read(stream, read, Role::Server, Some(limits.into())).await)
+    };
+    (response, socket)
+}

@@ -1,0 +1,3 @@
+//! What operators look at: metrics and health, on a listener of their own.
+
+pub mod metrics;

@@ -1,0 +1,161 @@
+//! Which executors are connected: [`ExecutorId`] → [`LinkHandle`].
+//!
+//! A link is handed out only against a [`Binding`], so no workspace reaches an executor that is not its own.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::protocol::ids::{ExecutorId, RegistrationId};
+use crate::relay::link::{CloseReason, LinkHandle};
+use crate::store::Binding;
+
+/// All connected executors of this gateway.
+#[derive(Debug)]
+pub struct Registry {
+    links: DashMap<ExecutorId, Connected>,
+    /// When an executor that is not connected was last known to be. Bounded by the executors in the store: only
+    /// registered ones connect, and entries leave with [`Registry::forget`].
+    seen: DashMap<ExecutorId, Instant>,
+    changes: watch::Sender<u64>,
+}
+
+#[derive(Debug, Clone)]
+struct Connected {
+    link: LinkHandle,
+    since: SystemTime,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self { links: DashMap::new(), seen: DashMap::new(), changes: watch::Sender::new(0) }
+    }
+}
+
+/// The executor has no link and none came in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the executor is not connected")]
+pub struct NotConnected;
+
+impl Registry {
+    /// The link of a bound executor, if it is connected.
+    pub fn link(&self, binding: &Binding) -> Option<LinkHandle> {
+        self.current(binding.executor())
+    }
+
+    /// When a bound executor connected, if it is connected.
+    pub fn connected_since(&self, binding: &Binding) -> Option<SystemTime> {
+        self.links.get(binding.executor()).map(|connected| connected.since)
+    }
+
+    /// The link of a bound executor; one that was connected within `seen` is waited for, at most `wait`.
+    ///
+    /// # Errors
+    /// [`NotConnected`].
+    pub async fn link_soon(&self, binding: &Binding, seen: Duration, wait: Duration) -> Result<LinkHandle, NotConnected> {
+        let mut changes = self.changes.subscribe();
+        if let Some(link) = self.link(binding) {
+            return Ok(link);
+        }
+        let lately = self.seen.get(binding.executor()).is_some_and(|at| at.elapsed() <= seen);
+        if !lately {
+            return Err(NotConnected);
+        }
+        let arrival = async {
+            loop {
+                if let Some(link) = self.link(binding) {
+                    return link;
+                }
+                // The sender lives in self, so this only returns on a change.
+                let _ = changes.changed().await;
+            }
+        };
+        tokio::time::timeout(wait, arrival).await.map_err(|_| NotConnected)
+    }
+
+    /// The live link of an executor for those who admit or end its sockets.
+    pub(crate) fn current(&self, executor: &ExecutorId) -> Option<LinkHandle> {
+        self.links.get(executor).map(|connected| connected.link.clone())
+    }
+
+    /// Whether another process than `registration` may take the executor's place: nobody is there, it is the same
+    /// process dialling again, or the one that is there does not answer a ping within `wait`.
+    pub async fn yields_to(&self, executor: &ExecutorId, registration: Option<&RegistrationId>, wait: Duration) -> bool {
+        match self.current(executor) {
+            None => true,
+            Some(link) if registration == Some(&link.registration().id) => true,
+            Some(link) => !link.answers(wait).await,
+        }
+    }
+
+    /// Makes the link the executor's current one; a former one is closed. The place is given up when the guard drops.
+    pub fn attach(self: &Arc<Self>, link: LinkHandle) -> Attached {
+        let connected = Connected { link: link.clone(), since: SystemTime::now() };
+        let former = self.links.insert(link.executor().clone(), connected);
+        if let Some(former) = former {
+            former.link.close(CloseReason::Replaced);
+        }
+        self.changes.send_modify(|count| *count += 1);
+        Attached { registry: self.clone(), link }
+    }
+
+    /// Records that executors were connected shortly before this gateway started.
+    pub fn remember(&self, executor: ExecutorId, ago: Duration) {
+        if let Some(at) = Instant::now().checked_sub(ago) {
+            self.seen.insert(executor, at);
+        }
+    }
+
+    /// Ends an executor's link and forgets that it was there.
+    pub fn forget(&self, executor: &ExecutorId) {
+        if let Some(link) = self.current(executor) {
+            link.close(CloseReason::Deleted);
+        }
+        self.seen.remove(executor);
+    }
+
+    /// Executors connected now.
+    pub fn connected(&self) -> Vec<ExecutorId> {
+        self.links.iter().map(|entry| entry.key().clone()).collect()
+    }
+
+    /// How many executors are connected.
+    pub fn len(&self) -> usize {
+        self.links.len()
+    }
+
+    /// Whether no executor is connected.
+    pub fn is_empty(&self) -> bool {
+        self.links.is_empty()
+    }
+
+    /// Closes every link.
+    pub fn close_all(&self, reason: CloseReason) {
+        for entry in &self.links {
+            entry.link.close(reason);
+        }
+    }
+}
+
+/// An executor's place in the registry.
+#[derive(Debug)]
+pub struct Attached {
+    registry: Arc<Registry>,
+    link: LinkHandle,
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        // The executor may have come back already: remove our link, never its successor.
+        if let Entry::Occupied(entry) = self.registry.links.entry(self.link.executor().clone())
+            && entry.get().link.id() == self.link.id()
+        {
+            self.registry.seen.insert(self.link.executor().clone(), Instant::now());
+            entry.remove();
+        }
+    }
+}

@@ -1,0 +1,405 @@
+//! The executor's JSON-RPC over one encrypted stream, with the gateway as the caller.
+//!
+//! One task owns the stream and both directions of its encryption. [`Client`] is a cheap handle: when the last one is
+//! dropped the task ends and the stream is reset. A call whose future is dropped is forgotten, its answer discarded.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde_json::value::RawValue;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::noise::{Channel, Context, GatewayIdentity, NoiseError, Pending, TAG_BYTES};
+use super::stream::{StreamEnd, StreamHandle};
+use crate::protocol::endpoint::{Endpoint, EndpointError};
+use crate::protocol::frame::{Body, Frame, data_header};
+use crate::protocol::message::{MessageError, MessageReader, RECORD_BYTES_MAX, write_message};
+use crate::protocol::rpc::{
+    EnvironmentInfo, Incoming, Initialize, Initialized, Method, Notification, ProcessClosed, ProcessExited, ProcessOutput, RpcError,
+    RpcParseError, encode_notification, encode_request,
+};
+
+/// How the gateway introduces itself.
+const CLIENT_NAME: &str = "exec-gateway";
+
+/// Messages waiting to be encrypted; each caller has at most one here, and callers are bounded by
+/// `link.requests_in_flight_max`.
+const OUTGOING_MAX: usize = 64;
+
+/// Why an executor could not be reached over a new stream.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The link or the stream ended during the handshake.
+    #[error(transparent)]
+    Ended(#[from] StreamEnd),
+    /// The handshake failed.
+    #[error(transparent)]
+    Noise(#[from] NoiseError),
+    /// The executor did not finish the handshake in time.
+    #[error("the executor did not complete the encrypted handshake in time")]
+    HandshakeTimeout,
+    /// The executor did not accept the session.
+    #[error("the executor refused to initialize")]
+    Initialize(#[source] CallError),
+}
+
+/// Why a call has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// The executor answered with an error.
+    #[error("{}", .0.message)]
+    Rpc(RpcError),
+    /// The stream ended; `sent` says whether the request may have reached the executor.
+    #[error("the connection to the executor was lost")]
+    Lost {
+        /// Whether any part of the request had been handed to the link.
+        sent: bool,
+    },
+    /// The executor is connected and did not answer in time.
+    #[error("the executor did not answer in time")]
+    NoAnswer,
+    /// The answer has another shape than the method's.
+    #[error("the executor's answer is malformed")]
+    Malformed(#[source] serde_json::Error),
+}
+
+/// What happens to a process, in the executor's order.
+#[derive(Debug)]
+pub enum ProcessEvent {
+    /// A chunk of output.
+    Output(ProcessOutput),
+    /// The process itself has ended; output of its children may follow.
+    Exited(ProcessExited),
+    /// Nothing more will come.
+    Closed(ProcessClosed),
+}
+
+/// Takes the events of one process. Runs inside the stream's task: it must neither block nor call the client.
+pub type ProcessHandler = Box<dyn FnMut(ProcessEvent) + Send>;
+
+/// A handle to one initialized conversation with an executor; cheap to clone.
+#[derive(Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+    outgoing: mpsc::Sender<Outgoing>,
+    info: Arc<EnvironmentInfo>,
+}
+
+struct Shared {
+    calls: Mutex<Calls>,
+    processes: Mutex<HashMap<String, ProcessHandler>>,
+    in_flight: Arc<Semaphore>,
+    answer_timeout: Duration,
+    ended: CancellationToken,
+}
+
+#[derive(Default)]
+struct Calls {
+    next: i64,
+    waiting: HashMap<i64, Waiting>,
+    ended: bool,
+}
+
+struct Waiting {
+    answer: oneshot::Sender<Result<Box<RawValue>, CallError>>,
+    sent: bool,
+    /// Held until the executor has answered, even when the caller has left: the executor is still at work.
+    _permit: OwnedSemaphorePermit,
+}
+
+struct Outgoing {
+    id: Option<i64>,
+    json: Vec<u8>,
+}
+
+/// Why the conversation ended; for the log.
+#[derive(Debug, thiserror::Error)]
+enum End {
+    #[error(transparent)]
+    Stream(#[from] StreamEnd),
+    #[error(transparent)]
+    Sequence(#[from] EndpointError),
+    #[error(transparent)]
+    Noise(#[from] NoiseError),
+    #[error(transparent)]
+    Message(#[from] MessageError),
+    #[error(transparent)]
+    Rpc(#[from] RpcParseError),
+    #[error("no longer used")]
+    Unused,
+}
+
+impl Client {
+    /// Encrypts the stream, proves our right by `authorization`, and initializes a new executor session on it.
+    /// Cancelling resets the stream.
+    ///
+    /// # Errors
+    /// [`ConnectError`]; nothing has run on the executor then.
+    pub async fn connect(
+        mut stream: StreamHandle,
+        identity: &GatewayIdentity,
+        authorization: &str,
+    ) -> Result<Self, ConnectError> {
+        let link = stream.link().clone();
+        let settings = link.settings();
+        let handshake_timeout = Duration::from_secs(settings.handshake_timeout_secs);
+        let channel = timeout(handshake_timeout, async {
+            let _turn = link.handshakes().acquire().await;
+            let registration = link.registration();
+            let context =
+                Context { executor: &registration.executor, registration: &registration.id, stream: stream.id() };
+            let (pending, message) =
+                Pending::initiate(identity, &registration.public_key, &context, authorization.as_bytes())?;
+            let frame = Frame { stream_id: stream.id().clone(), body: Body::Handshake { payload: message } };
+            stream.send(frame.encode()).await?;
+            loop {
+                if let Body::Handshake { payload } = stream.receive().await? {
+                    return Ok::<_, ConnectError>(pending.finish(&payload)?);
+                }
+            }
+        })
+        .await
+        .map_err(|_| ConnectError::HandshakeTimeout)??;
+
+        let (outgoing, messages) = mpsc::channel(OUTGOING_MAX);
+        let shared = Arc::new(Shared {
+            calls: Mutex::default(),
+            processes: Mutex::default(),
+            in_flight: Arc::new(Semaphore::new(settings.requests_in_flight_max)),
+            answer_timeout: Duration::from_secs(settings.answer_timeout_secs),
+            ended: CancellationToken::new(),
+        });
+        tokio::spawn(run(stream, channel, messages, shared.clone(), settings.message_bytes_max));
+        let mut client = Self { shared, outgoing, info: Arc::default() };
+        let initialize = Initialize { client_name: CLIENT_NAME.into(), resume_session_id: None };
+        let session = client.call(&initialize).await.map_err(ConnectError::Initialize)?;
+        client.info = Arc::new(session.environment_info);
+        client.notify(&Initialized {}).await.map_err(ConnectError::Initialize)?;
+        Ok(client)
+    }
+
+    /// What the executor told about its machine.
+    pub fn environment(&self) -> &EnvironmentInfo {
+        &self.info
+    }
+
+    /// Whether the conversation is over.
+    pub fn is_ended(&self) -> bool {
+        self.shared.ended.is_cancelled()
+    }
+
+    /// Returns when the conversation is over.
+    pub async fn ended(&self) {
+        self.shared.ended.cancelled().await;
+    }
+
+    /// Calls one method and waits for its result. Dropping the future forgets the call; the executor may still carry
+    /// it out.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn call<M: Method>(&self, params: &M) -> Result<M::Result, CallError> {
+        let answer = timeout(self.shared.answer_timeout, self.send_request(M::NAME, params))
+            .await
+            .map_err(|_| CallError::NoAnswer)??;
+        serde_json::from_str(answer.get()).map_err(CallError::Malformed)
+    }
+
+    async fn send_request(&self, method: &str, params: &impl serde::Serialize) -> Result<Box<RawValue>, CallError> {
+        let lost = |_| CallError::Lost { sent: false };
+        let permit = self.shared.in_flight.clone().acquire_owned().await.map_err(|_| CallError::Lost { sent: false })?;
+        let room = self.outgoing.reserve().await.map_err(lost)?;
+        let (answer, receiver) = oneshot::channel();
+        let id = {
+            let mut calls = self.shared.calls();
+            if calls.ended {
+                return Err(CallError::Lost { sent: false });
+            }
+            calls.next += 1;
+            let id = calls.next;
+            calls.waiting.insert(id, Waiting { answer, sent: false, _permit: permit });
+            id
+        };
+        room.send(Outgoing { id: Some(id), json: encode_request(id, method, params) });
+        receiver.await.unwrap_or(Err(CallError::Lost { sent: true }))
+    }
+
+    /// Sends a notification.
+    ///
+    /// # Errors
+    /// [`CallError::Lost`] when the conversation is over.
+    pub async fn notify<N: Notification>(&self, params: &N) -> Result<(), CallError> {
+        let json = encode_notification(N::NAME, params);
+        self.outgoing.send(Outgoing { id: None, json }).await.map_err(|_| CallError::Lost { sent: false })
+    }
+
+    /// Has the events of a process handed to `handler` until the subscription is dropped. Subscribe before starting
+    /// the process: a quick one is over before its start is answered.
+    pub fn subscribe(&self, process: &str, handler: ProcessHandler) -> Subscription {
+        self.shared.processes().insert(process.to_owned(), handler);
+        Subscription { shared: self.shared.clone(), process: process.to_owned() }
+    }
+}
+
+/// Ends the delivery of a process's events when dropped.
+pub struct Subscription {
+    shared: Arc<Shared>,
+    process: String,
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.shared.processes().remove(&self.process);
+    }
+}
+
+impl Shared {
+    fn calls(&self) -> MutexGuard<'_, Calls> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn processes(&self) -> MutexGuard<'_, HashMap<String, ProcessHandler>> {
+        self.processes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_in(&self, message: &[u8]) -> Result<(), RpcParseError> {
+        match Incoming::parse(message)? {
+            Incoming::Response { id, result } => self.answer(id.as_number(), Ok(result.to_owned())),
+            // Malformed input is answered with id -1, which is never ours: numbers start at 1.
+            Incoming::Error { id, error } => self.answer(id.as_number(), Err(CallError::Rpc(error))),
+            Incoming::Notification { method, params } => self.notified(&method, params),
+            // Asked only when a start carried a network proxy, which ours never does.
+            Incoming::Request { method, .. } => tracing::debug!(%method, "request of an executor ignored"),
+        }
+        Ok(())
+    }
+
+    fn answer(&self, id: Option<i64>, answer: Result<Box<RawValue>, CallError>) {
+        let waiting = id.and_then(|id| self.calls().waiting.remove(&id));
+        if let Some(waiting) = waiting {
+            // The caller may have left.
+            let _ = waiting.answer.send(answer);
+        }
+    }
+
+    fn notified(&self, method: &str, params: Option<&RawValue>) {
+        let params = params.map_or("null", RawValue::get);
+        let event = match method {
+            ProcessOutput::NAME => serde_json::from_str(params).map(ProcessEvent::Output),
+            ProcessExited::NAME => serde_json::from_str(params).map(ProcessEvent::Exited),
+            ProcessClosed::NAME => serde_json::from_str(params).map(ProcessEvent::Closed),
+            _ => return,
+        };
+        match event {
+            Ok(event) => {
+                let process = match &event {
+                    ProcessEvent::Output(output) => &output.process_id,
+                    ProcessEvent::Exited(exited) => &exited.process_id,
+                    ProcessEvent::Closed(closed) => &closed.process_id,
+                };
+                let mut processes = self.processes();
+                if let Some(handler) = processes.get_mut(process) {
+                    handler(event);
+                }
+            }
+            Err(error) => tracing::warn!(%method, %error, "notification of an executor does not parse"),
+        }
+    }
+
+    fn end(&self) {
+        let waiting = {
+            let mut calls = self.calls();
+            calls.ended = true;
+            std::mem::take(&mut calls.waiting)
+        };
+        for call in waiting.into_values() {
+            let _ = call.answer.send(Err(CallError::Lost { sent: call.sent }));
+        }
+        self.in_flight.close();
+        self.ended.cancel();
+        self.processes().clear();
+    }
+}
+
+/// Ends all calls however the task ends.
+struct EndGuard(Arc<Shared>);
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+/// Owns the stream and its encryption until either side ends it.
+async fn run(
+    mut stream: StreamHandle,
+    channel: Channel,
+    mut messages: mpsc::Receiver<Outgoing>,
+    shared: Arc<Shared>,
+    message_bytes_max: usize,
+) {
+    let _guard = EndGuard(shared.clone());
+    let stream_id = stream.id().clone();
+    let link = stream.link().clone();
+    // Shared by the two loops of this one task, so the lock is never contended.
+    let channel = Mutex::new(channel);
+
+    let reads = async {
+        let mut endpoint = Endpoint::new(message_bytes_max);
+        let mut reader = MessageReader::new(message_bytes_max);
+        loop {
+            let Body::Data(data) = stream.receive().await? else { continue };
+            endpoint.receive(data)?;
+            while let Some(record) = endpoint.next() {
+                let plain = channel.lock().unwrap_or_else(PoisonError::into_inner).open(&record)?;
+                reader.push(plain);
+                while let Some(message) = reader.next()? {
+                    shared.take_in(&message)?;
+                }
+            }
+        }
+    };
+    let writes = async {
+        let mut seq = 0_u32;
+        while let Some(message) = messages.recv().await {
+            if let Some(waiting) = message.id.and_then(|id| shared.calls().waiting.get_mut(&id).map(|w| w.sent = true))
+            {
+                let () = waiting;
+            }
+            let mut plain = bytes::BytesMut::with_capacity(4 + message.json.len());
+            write_message(&mut plain, &message.json);
+            for record in plain.chunks(RECORD_BYTES_MAX) {
+                let length = record.len() + TAG_BYTES;
+                let mut frame = data_header(&stream_id, seq, length, length);
+                channel.lock().unwrap_or_else(PoisonError::into_inner).seal(record, &mut frame)?;
+                link.send(frame.freeze()).await?;
+                seq = seq.checked_add(1).ok_or(End::Unused)?;
+            }
+        }
+        Err::<(), End>(End::Unused)
+    };
+    let end: Result<(), End> = tokio::select! {
+        end = reads => end,
+        end = writes => end,
+    };
+    match end {
+        Ok(()) | Err(End::Unused | End::Stream(_)) => tracing::debug!(stream = %stream_id, "conversation ended"),
+        Err(error) => tracing::warn!(executor = %link.executor(), stream = %stream_id, %error, "conversation broken"),
+    }
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").field("ended", &self.is_ended()).finish_non_exhaustive()
+    }
+}
+
+/// Bytes that one block request carries at most (codex-exec-server.md §6).
+pub const BLOCK_BYTES_MAX: usize = 1024 * 1024;
+
+#[allow(unused)]
+type _Unused = Bytes;

@@ -1,0 +1,451 @@
+//! One executor's socket and the streams on it.
+//!
+//! [`run`] is the only task that reads, writes or closes the socket. Everybody else holds a [`LinkHandle`]: an id, a
+//! bounded outbox and the table of routes. When `run` returns, the routes drop and every stream on the link ends with
+//! [`StreamEnd::Disconnected`].
+
+use std::collections::HashMap;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Sink, SinkExt, Stream, StreamExt};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
+use tokio::time::{Instant, timeout};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
+use tokio_util::sync::CancellationToken;
+
+use super::stream::{StreamEnd, StreamHandle};
+use crate::config;
+use crate::ops::metrics::Metrics;
+use crate::protocol::frame::{Body, Frame, StreamId};
+use crate::protocol::ids::{ExecutorId, WorkspaceId};
+use crate::store::Registration;
+
+/// How long a peer may take to answer our close frame: it only avoids a reset of the connection.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Frames written before the socket is flushed once.
+const WRITE_BATCH: usize = 32;
+
+/// Tells one socket from another of the same executor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkId(u64);
+
+/// Tells one use of a stream id from a later one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RouteId(u64);
+
+/// How a link ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinkEnd {
+    /// The executor closed or dropped the socket.
+    Peer,
+    /// Nothing was heard for too long.
+    Silent,
+    /// The executor did not read.
+    WriteTimeout,
+    /// The socket failed or broke the WebSocket protocol.
+    Failed,
+    /// We closed it.
+    Closed(CloseReason),
+}
+
+/// Why we close a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CloseReason {
+    /// The gateway stops; the executor comes back to the same URL.
+    Draining,
+    /// The same executor process has dialled again, or another took the place of one that was silent.
+    Replaced,
+    /// The executor was deleted.
+    Deleted,
+}
+
+impl CloseReason {
+    fn frame(self) -> CloseFrame {
+        let (code, reason) = match self {
+            // 1012 "service restart" (RFC 6455 registry): come back to the same place.
+            Self::Draining => (CloseCode::Restart, "gateway restarts"),
+            Self::Replaced => (CloseCode::Normal, "replaced by a newer connection"),
+            Self::Deleted => (CloseCode::Policy, "executor deleted"),
+        };
+        CloseFrame { code, reason: reason.into() }
+    }
+}
+
+/// Why no stream was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// The link ended meanwhile.
+    #[error("the executor's link is gone")]
+    Disconnected,
+    /// The link or the workspace's share of it is full.
+    #[error("too many streams on this executor")]
+    TooManyStreams,
+    /// The id is in use on this link.
+    #[error("the stream id is taken")]
+    Taken,
+}
+
+/// A cheap handle to one executor's socket.
+#[derive(Debug, Clone)]
+pub struct LinkHandle(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    id: LinkId,
+    registration: Registration,
+    settings: Arc<config::Link>,
+    metrics: Arc<Metrics>,
+    outbox: mpsc::Sender<Bytes>,
+    routes: Mutex<Routes>,
+    handshakes: Arc<Semaphore>,
+    opened: Instant,
+    /// Milliseconds from `opened` to the last byte of the executor.
+    heard_ms: AtomicU64,
+    pongs: watch::Sender<u64>,
+    ping: Notify,
+    stop: CancellationToken,
+    stop_reason: OnceLock<CloseReason>,
+}
+
+#[derive(Debug, Default)]
+struct Routes {
+    streams: HashMap<StreamId, Route>,
+    per_workspace: HashMap<WorkspaceId, usize>,
+    next: u64,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Route {
+    id: RouteId,
+    workspace: WorkspaceId,
+    inbox: mpsc::Sender<Body>,
+}
+
+impl Routes {
+    fn remove(&mut self, stream: &StreamId, id: RouteId) {
+        if self.streams.get(stream).is_none_or(|route| route.id != id) {
+            return;
+        }
+        let Some(route) = self.streams.remove(stream) else { return };
+        if let Some(count) = self.per_workspace.get_mut(&route.workspace) {
+            *count -= 1;
+            if *count == 0 {
+                self.per_workspace.remove(&route.workspace);
+            }
+        }
+    }
+}
+
+impl LinkHandle {
+    /// Makes the handle of a link that is about to run, with the receiver that [`run`] takes.
+    pub fn new(
+        registration: Registration,
+        settings: Arc<config::Link>,
+        metrics: Arc<Metrics>,
+    ) -> (Self, mpsc::Receiver<Bytes>) {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let (outbox, frames) = mpsc::channel(settings.outbox_frames_max);
+        let handle = Self(Arc::new(Shared {
+            id: LinkId(NEXT.fetch_add(1, Ordering::Relaxed)),
+            handshakes: Arc::new(Semaphore::new(settings.handshakes_pending_max)),
+            registration,
+            settings,
+            metrics,
+            outbox,
+            routes: Mutex::default(),
+            opened: Instant::now(),
+            heard_ms: AtomicU64::new(0),
+            pongs: watch::Sender::new(0),
+            ping: Notify::new(),
+            stop: CancellationToken::new(),
+            stop_reason: OnceLock::new(),
+        }));
+        (handle, frames)
+    }
+
+    /// Which socket this is.
+    pub fn id(&self) -> LinkId {
+        self.0.id
+    }
+
+    /// Whose socket this is.
+    pub fn executor(&self) -> &ExecutorId {
+        &self.0.registration.executor
+    }
+
+    /// What the executor said about itself before it dialled.
+    pub fn registration(&self) -> &Registration {
+        &self.0.registration
+    }
+
+    /// Bounds and times of this link.
+    pub fn settings(&self) -> &config::Link {
+        &self.0.settings
+    }
+
+    /// Bounds the handshakes under way: an executor resets what exceeds its own bound.
+    pub fn handshakes(&self) -> &Arc<Semaphore> {
+        &self.0.handshakes
+    }
+
+    /// Streams open now.
+    pub fn streams(&self) -> usize {
+        self.routes().streams.len()
+    }
+
+    /// Opens a stream under an id of the gateway's choice.
+    ///
+    /// # Errors
+    /// [`OpenError::TooManyStreams`] at the bound of the link or the workspace, [`OpenError::Disconnected`] when the
+    /// link has ended.
+    pub(crate) fn open_stream(&self, workspace: &WorkspaceId) -> Result<StreamHandle, OpenError> {
+        let id = StreamId::new(&uuid::Uuid::new_v4().to_string()).expect("a UUID is a stream id");
+        self.open_stream_as(id, workspace)
+    }
+
+    /// Opens a stream under an id that the caller chose.
+    ///
+    /// # Errors
+    /// As [`Self::open_stream`], and [`OpenError::Taken`] when the id is in use: ids are chosen by callers, so a
+    /// stream is never taken over.
+    pub(crate) fn open_stream_as(&self, id: StreamId, workspace: &WorkspaceId) -> Result<StreamHandle, OpenError> {
+        let settings = &self.0.settings;
+        // The route is there before the first frame is queued, so an answer always finds it.
+        let (inbox, receiver) = mpsc::channel((settings.stream_bytes_max / settings.frame_bytes_max).max(1));
+        let mut routes = self.routes();
+        if routes.closed {
+            return Err(OpenError::Disconnected);
+        }
+        if routes.streams.contains_key(&id) {
+            return Err(OpenError::Taken);
+        }
+        let of_workspace = routes.per_workspace.get(workspace).copied().unwrap_or(0);
+        if routes.streams.len() >= settings.streams_max || of_workspace >= settings.workspace_streams_max {
+            return Err(OpenError::TooManyStreams);
+        }
+        routes.next += 1;
+        let route = RouteId(routes.next);
+        *routes.per_workspace.entry(workspace.clone()).or_default() += 1;
+        routes.streams.insert(id.clone(), Route { id: route, workspace: workspace.clone(), inbox });
+        Ok(StreamHandle::new(id, route, self.clone(), receiver))
+    }
+
+    /// Whether the executor answers a ping within `wait`.
+    pub async fn answers(&self, wait: Duration) -> bool {
+        let mut pongs = self.0.pongs.subscribe();
+        self.0.ping.notify_one();
+        tokio::select! {
+            changed = timeout(wait, pongs.changed()) => matches!(changed, Ok(Ok(()))),
+            () = self.0.stop.cancelled() => false,
+        }
+    }
+
+    /// Asks the link's task to send what was accepted, close the socket and return.
+    pub fn close(&self, reason: CloseReason) {
+        let _ = self.0.stop_reason.set(reason);
+        self.0.stop.cancel();
+    }
+
+    /// Waits for room in the outbox, in turn with all other senders, and queues one frame.
+    pub(super) async fn send(&self, frame: Bytes) -> Result<(), StreamEnd> {
+        self.0.outbox.send(frame).await.map_err(|_| StreamEnd::Disconnected)
+    }
+
+    /// Queues one frame from a place that cannot wait.
+    pub(super) fn send_detached(&self, frame: Bytes) {
+        if let Err(mpsc::error::TrySendError::Full(frame)) = self.0.outbox.try_send(frame) {
+            let link = self.clone();
+            if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+                runtime.spawn(async move { link.send(frame).await });
+            }
+        }
+    }
+
+    /// Forgets a route, unless the id has been taken into use again.
+    pub(super) fn release(&self, stream: &StreamId, route: RouteId) {
+        self.routes().remove(stream, route);
+    }
+
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        // The table is consistent between any two statements, so a panic elsewhere does not spoil it.
+        self.0.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn heard(&self) {
+        let elapsed = u64::try_from(self.0.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.0.heard_ms.store(elapsed, Ordering::Relaxed);
+    }
+
+    fn silence(&self) -> Duration {
+        let heard = Duration::from_millis(self.0.heard_ms.load(Ordering::Relaxed));
+        self.0.opened.elapsed().saturating_sub(heard)
+    }
+
+    fn shut(&self) {
+        let mut routes = self.routes();
+        routes.closed = true;
+        routes.streams.clear();
+        routes.per_workspace.clear();
+        self.0.stop.cancel();
+    }
+}
+
+/// Ends the routes however the task ends, by return, panic or abort.
+struct Shut<'a>(&'a LinkHandle);
+
+impl Drop for Shut<'_> {
+    fn drop(&mut self) {
+        self.0.shut();
+    }
+}
+
+/// Owns the socket until it ends: no other task reads, writes or closes it.
+pub async fn run<S>(socket: WebSocketStream<S>, link: LinkHandle, outbox: mpsc::Receiver<Bytes>) -> LinkEnd
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let _shut = Shut(&link);
+    let (sink, stream) = socket.split();
+    // Two loops in one task: if a slow write paused reads, two peers that both have much to say would wait for each
+    // other for ever.
+    let mut reads = pin!(read_loop(stream, &link));
+    let end = tokio::select! {
+        end = &mut reads => return end,
+        end = write_loop(sink, &link, outbox) => end,
+    };
+    if matches!(end, LinkEnd::Closed(_)) {
+        // Closing with bytes unread resets the connection; the peer could miss our close frame.
+        let _ = timeout(CLOSE_TIMEOUT, reads).await;
+    }
+    end
+}
+
+async fn read_loop<R>(mut socket: R, link: &LinkHandle) -> LinkEnd
+where
+    R: Stream<Item = Result<Message, SocketError>> + Unpin,
+{
+    while let Some(message) = socket.next().await {
+        link.heard();
+        match message {
+            Ok(Message::Binary(frame)) => match Frame::decode(frame) {
+                Ok(frame) => deliver(frame, link).await,
+                Err(error) => {
+                    link.0.metrics.frames_dropped.inc();
+                    tracing::debug!(executor = %link.executor(), %error, "frame dropped");
+                }
+            },
+            // An encrypted executor sends binary frames only; it drops our text frames likewise.
+            Ok(Message::Text(_)) => {
+                link.0.metrics.frames_dropped.inc();
+            }
+            Ok(Message::Pong(_)) => link.0.pongs.send_modify(|count| *count += 1),
+            Ok(Message::Ping(_) | Message::Frame(_)) => {}
+            Ok(Message::Close(_)) => return LinkEnd::Peer,
+            Err(SocketError::ConnectionClosed | SocketError::AlreadyClosed | SocketError::Io(_)) => {
+                return LinkEnd::Peer;
+            }
+            Err(error) => {
+                tracing::warn!(executor = %link.executor(), %error, "executor socket failed");
+                return LinkEnd::Failed;
+            }
+        }
+    }
+    LinkEnd::Peer
+}
+
+/// Hands a frame to its stream. The readers are the gateway's own clients, which never wait for anybody, so a full
+/// inbox means a moment's work; one that stays full is reset rather than allowed to hold up its neighbours.
+async fn deliver(frame: Frame, link: &LinkHandle) {
+    let (inbox, route) = {
+        let routes = link.routes();
+        let Some(route) = routes.streams.get(&frame.stream_id) else {
+            // Frames that were under way when we reset the stream.
+            return;
+        };
+        (route.inbox.clone(), route.id)
+    };
+    let Frame { stream_id, body } = frame;
+    let ended = matches!(body, Body::Reset { .. });
+    let full = match inbox.try_send(body) {
+        Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => false,
+        Err(mpsc::error::TrySendError::Full(body)) => {
+            let wait = Duration::from_secs(link.0.settings.write_timeout_secs);
+            matches!(inbox.send_timeout(body, wait).await, Err(mpsc::error::SendTimeoutError::Timeout(_)))
+        }
+    };
+    if full {
+        link.0.metrics.streams_overrun.inc();
+        let reset = Frame { stream_id: stream_id.clone(), body: Body::Reset { reason: "reader too slow".into() } };
+        link.send_detached(reset.encode());
+    }
+    if full || ended {
+        link.release(&stream_id, route);
+    }
+}
+
+async fn write_loop<W>(mut socket: W, link: &LinkHandle, mut outbox: mpsc::Receiver<Bytes>) -> LinkEnd
+where
+    W: Sink<Message, Error = SocketError> + Unpin,
+{
+    let settings = &link.0.settings;
+    let write_timeout = Duration::from_secs(settings.write_timeout_secs);
+    let ping_every = Duration::from_secs(settings.ping_secs);
+    let mut ping = tokio::time::interval_at(Instant::now() + ping_every, ping_every);
+    ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let written = tokio::select! {
+            () = link.0.stop.cancelled() => break,
+            frame = outbox.recv() => match frame {
+                Some(frame) => timeout(write_timeout, write_batch(&mut socket, frame, &mut outbox)).await,
+                None => break,
+            },
+            _ = ping.tick() => {
+                if link.silence() >= Duration::from_secs(settings.dead_secs) {
+                    return LinkEnd::Silent;
+                }
+                timeout(write_timeout, socket.send(Message::Ping(Bytes::new()))).await
+            }
+            () = link.0.ping.notified() => {
+                timeout(write_timeout, socket.send(Message::Ping(Bytes::new()))).await
+            }
+        };
+        match written {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return LinkEnd::Peer,
+            Err(_) => return LinkEnd::WriteTimeout,
+        }
+    }
+    let reason = link.0.stop_reason.get().copied().unwrap_or(CloseReason::Draining);
+    outbox.close();
+    let farewell = async {
+        while let Some(frame) = outbox.recv().await {
+            socket.feed(Message::Binary(frame)).await?;
+        }
+        socket.send(Message::Close(Some(reason.frame()))).await
+    };
+    let _ = timeout(write_timeout, farewell).await;
+    LinkEnd::Closed(reason)
+}
+
+/// Writes the frame and those already waiting behind it, then flushes once.
+async fn write_batch<W>(socket: &mut W, first: Bytes, outbox: &mut mpsc::Receiver<Bytes>) -> Result<(), SocketError>
+where
+    W: Sink<Message, Error = SocketError> + Unpin,
+{
+    socket.feed(Message::Binary(first)).await?;
+    for _ in 1..WRITE_BATCH {
+        let Ok(frame) = outbox.try_recv() else { break };
+        socket.feed(Message::Binary(frame)).await?;
+    }
+    socket.flush().await
+}

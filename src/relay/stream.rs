@@ -1,0 +1,81 @@
+//! The gateway's end of one stream on a link. Dropping it resets the stream, so that an executor never keeps a
+//! conversation nobody listens to.
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use super::link::{LinkHandle, RouteId};
+use crate::protocol::frame::{Body, Frame, StreamId};
+
+/// Why a stream carries nothing any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum StreamEnd {
+    /// The executor's socket is gone.
+    #[error("the executor's link is gone")]
+    Disconnected,
+    /// The executor ended this stream; its reason is untrusted text and only logged.
+    #[error("the executor reset the stream")]
+    Reset,
+}
+
+/// One conversation over a link; made only by [`LinkHandle::open_stream`].
+#[derive(Debug)]
+pub struct StreamHandle {
+    id: StreamId,
+    route: RouteId,
+    link: LinkHandle,
+    inbox: mpsc::Receiver<Body>,
+    ended: Option<StreamEnd>,
+}
+
+impl StreamHandle {
+    pub(super) fn new(id: StreamId, route: RouteId, link: LinkHandle, inbox: mpsc::Receiver<Body>) -> Self {
+        Self { id, route, link, inbox, ended: None }
+    }
+
+    /// Its id on the wire.
+    pub fn id(&self) -> &StreamId {
+        &self.id
+    }
+
+    /// The link that carries it.
+    pub fn link(&self) -> &LinkHandle {
+        &self.link
+    }
+
+    /// Queues one encoded frame; waits while the link's outbox is full. Dropping the future queues nothing.
+    ///
+    /// # Errors
+    /// [`StreamEnd::Disconnected`] when the link is gone.
+    pub async fn send(&self, frame: Bytes) -> Result<(), StreamEnd> {
+        self.link.send(frame).await
+    }
+
+    /// The next body the executor sent on this stream, in the order of the wire. Cancelling loses nothing.
+    ///
+    /// # Errors
+    /// [`StreamEnd`], on this and every later call.
+    pub async fn receive(&mut self) -> Result<Body, StreamEnd> {
+        if let Some(end) = self.ended {
+            return Err(end);
+        }
+        match self.inbox.recv().await {
+            Some(Body::Reset { reason }) => {
+                tracing::debug!(stream = %self.id, %reason, "executor reset the stream");
+                Err(*self.ended.insert(StreamEnd::Reset))
+            }
+            Some(body) => Ok(body),
+            None => Err(*self.ended.insert(StreamEnd::Disconnected)),
+        }
+    }
+}
+
+impl Drop for StreamHandle {
+    fn drop(&mut self) {
+        self.link.release(&self.id, self.route);
+        if self.ended.is_none() {
+            let reset = Frame { stream_id: self.id.clone(), body: Body::Reset { reason: "closed".into() } };
+            self.link.send_detached(reset.encode());
+        }
+    }
+}

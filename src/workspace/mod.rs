@@ -1,0 +1,178 @@
+//! What one tenant can reach: its resolver, its pool of ready clients, its calls.
+//!
+//! A [`Workspace`] holds nothing that cannot be rebuilt, so dropping it from memory is always safe. Every stream to an
+//! executor is opened by [`Workspace::open_stream`].
+
+pub mod cache;
+pub mod pool;
+pub mod resolver;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::auth::cap_token::CapTokenRefused;
+use crate::auth::{Auth, Principal};
+use crate::config;
+use crate::protocol::ids::WorkspaceId;
+use crate::registry::Registry;
+use crate::relay::link::OpenError;
+use crate::relay::noise::GatewayIdentity;
+use crate::relay::stream::StreamHandle;
+use crate::store::{Binding, Store, StoreError};
+use crate::tools::Tool;
+
+use self::pool::Pool;
+use self::resolver::Resolver;
+
+/// What all workspaces share.
+pub struct Corridor {
+    /// Durable state.
+    pub store: Store,
+    /// Who may do what.
+    pub auth: Auth,
+    /// Who is connected.
+    pub registry: Arc<Registry>,
+    /// The gateway's end of encrypted streams.
+    pub identity: GatewayIdentity,
+    /// Bounds and times of links.
+    pub link: Arc<config::Link>,
+    /// Bounds and times of workspaces.
+    pub settings: config::Workspaces,
+}
+
+/// Why a workspace cannot reach an executor.
+#[derive(Debug, thiserror::Error)]
+pub enum ReachError {
+    /// The workspace has no environment of that name.
+    #[error("no environment named \"{0}\"")]
+    NoEnvironment(String),
+    /// The executor has no link.
+    #[error("the executor of environment \"{0}\" is not connected")]
+    NotConnected(String),
+    /// The link or the workspace's share of it is full.
+    #[error("too many streams on this executor")]
+    TooManyStreams,
+    /// The executor is connected and did not take the call.
+    #[error("the executor of environment \"{environment}\" could not be reached")]
+    Unreachable {
+        /// The tenant's name for it.
+        environment: String,
+        /// What failed, for the log.
+        source: Arc<crate::relay::client::ConnectError>,
+    },
+    /// The workspace's own right to open streams was refused.
+    #[error("the workspace may not open streams")]
+    Refused(#[source] CapTokenRefused),
+    /// The store does not answer.
+    #[error("the environments of the workspace cannot be read")]
+    Store(#[source] Arc<StoreError>),
+}
+
+/// One tenant in memory.
+pub struct Workspace {
+    id: WorkspaceId,
+    corridor: Arc<Corridor>,
+    calls: Arc<Semaphore>,
+    tools: &'static [Tool],
+    /// Names of this tenant.
+    pub resolver: Resolver,
+    /// Ready clients of this tenant.
+    pub pool: Pool,
+}
+
+/// The workspace has as many calls under way as it may.
+#[derive(Debug, Clone, Copy, thiserror::Error)]
+#[error("the workspace has {0} calls under way already")]
+pub struct TooManyCalls(usize);
+
+impl Workspace {
+    fn new(id: WorkspaceId, corridor: Arc<Corridor>) -> Self {
+        Self {
+            calls: Arc::new(Semaphore::new(corridor.settings.calls_max)),
+            tools: Tool::ALL,
+            resolver: Resolver::new(id.clone(), Duration::from_secs(corridor.settings.resolver_ttl_secs)),
+            pool: Pool::default(),
+            corridor,
+            id,
+        }
+    }
+
+    /// Which tenant this is.
+    pub fn id(&self) -> &WorkspaceId {
+        &self.id
+    }
+
+    /// What it shares with all others.
+    pub fn corridor(&self) -> &Arc<Corridor> {
+        &self.corridor
+    }
+
+    /// The tools it may call.
+    pub fn tools(&self) -> &'static [Tool] {
+        self.tools
+    }
+
+    /// Takes one of the workspace's places for calls.
+    ///
+    /// # Errors
+    /// [`TooManyCalls`] when all are taken; nothing waits.
+    pub fn begin_call(&self) -> Result<OwnedSemaphorePermit, TooManyCalls> {
+        self.calls.clone().try_acquire_owned().map_err(|_| TooManyCalls(self.corridor.settings.calls_max))
+    }
+
+    /// Calls under way.
+    pub fn calls(&self) -> usize {
+        self.corridor.settings.calls_max - self.calls.available_permits()
+    }
+
+    /// The environments of this workspace.
+    ///
+    /// # Errors
+    /// [`ReachError::Store`].
+    pub async fn environments(&self) -> Result<Arc<Vec<Binding>>, ReachError> {
+        self.resolver.bindings(&self.corridor.store).await.map_err(ReachError::Store)
+    }
+
+    /// The environment of that name.
+    ///
+    /// # Errors
+    /// [`ReachError::NoEnvironment`], [`ReachError::Store`].
+    pub async fn environment(&self, name: &str) -> Result<Binding, ReachError> {
+        let bindings = self.environments().await?;
+        let binding = bindings.iter().find(|binding| binding.name().as_str() == name);
+        binding.cloned().ok_or_else(|| ReachError::NoEnvironment(name.to_owned()))
+    }
+
+    /// Opens a stream to a bound executor: the only way from a caller to an executor, so rights and bounds are
+    /// checked here and nowhere else. An executor that was connected lately is waited for.
+    ///
+    /// # Errors
+    /// [`ReachError`]; nothing has reached the executor then.
+    pub async fn open_stream(&self, right: &StreamRight<'_>, binding: &Binding) -> Result<StreamHandle, ReachError> {
+        debug_assert_eq!(binding.workspace(), &self.id);
+        if let StreamRight::Workspace = right {
+            self.corridor.auth.cap_tokens().for_workspace(&self.id).map_err(ReachError::Refused)?;
+        }
+        let link = &self.corridor.link;
+        let found = self.corridor.registry.link_soon(
+            binding,
+            Duration::from_secs(link.executor_seen_secs),
+            Duration::from_secs(link.executor_wait_secs),
+        );
+        let link = found.await.map_err(|_| ReachError::NotConnected(binding.name().to_string()))?;
+        link.open_stream(&self.id).map_err(|error| match error {
+            OpenError::Disconnected => ReachError::NotConnected(binding.name().to_string()),
+            OpenError::TooManyStreams | OpenError::Taken => ReachError::TooManyStreams,
+        })
+    }
+}
+
+/// On whose behalf a stream is opened.
+pub enum StreamRight<'a> {
+    /// The workspace's own clients, shared by its callers, under the cap-token that the gateway mints for it.
+    Workspace,
+    /// One caller's own stream.
+    Caller(&'a Principal),
+}

@@ -1,0 +1,87 @@
+//! Executor → ready client, for one workspace. A client that was lost is opened again by the next call.
+//!
+//! Two clients per executor: one for processes, one for files, so that a long file transfer never stands before the
+//! start of a command (executors carry out the requests of one stream in order).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
+
+use super::{Corridor, ReachError, StreamRight, Workspace};
+use crate::protocol::ids::ExecutorId;
+use crate::relay::client::{Client, ConnectError};
+use crate::store::Binding;
+
+/// What a client is used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Use {
+    /// `process/*`
+    Processes,
+    /// `fs/*`
+    Files,
+}
+
+type Dial = Shared<BoxFuture<'static, Result<Client, Arc<ReachError>>>>;
+
+/// The ready clients of one workspace: at most two for each of its executors.
+#[derive(Default)]
+pub struct Pool {
+    dials: Mutex<HashMap<(ExecutorId, Use), Dial>>,
+}
+
+impl Pool {
+    /// A ready client, opened on first use. Callers that come while it is being opened wait for the same one; the
+    /// opening goes on when one of them leaves.
+    ///
+    /// # Errors
+    /// [`ReachError`]; the next call tries again.
+    pub async fn client(workspace: &Arc<Workspace>, binding: &Binding, purpose: Use) -> Result<Client, Arc<ReachError>> {
+        let dial = workspace.pool.dial(workspace, binding, purpose);
+        dial.await
+    }
+
+    fn dial(&self, workspace: &Arc<Workspace>, binding: &Binding, purpose: Use) -> Dial {
+        let mut dials = self.dials.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (binding.executor().clone(), purpose);
+        match dials.get(&key) {
+            Some(dial) if dial.peek().is_none_or(|done| done.as_ref().is_ok_and(|client| !client.is_ended())) => {
+                dial.clone()
+            }
+            _ => {
+                let task = tokio::spawn(open(workspace.clone(), binding.clone()));
+                let dial = async move {
+                    task.await.unwrap_or_else(|_| Err(Arc::new(ReachError::TooManyStreams)))
+                };
+                let dial = dial.boxed().shared();
+                dials.insert(key, dial.clone());
+                dial
+            }
+        }
+    }
+
+    /// Drops the clients of an executor that this workspace may no longer reach; their calls end.
+    pub fn drop_executor(&self, executor: &ExecutorId) {
+        self.dials.lock().unwrap_or_else(PoisonError::into_inner).retain(|(of, _), _| of != executor);
+    }
+}
+
+async fn open(workspace: Arc<Workspace>, binding: Binding) -> Result<Client, Arc<ReachError>> {
+    let stream = workspace.open_stream(&StreamRight::Workspace, &binding).await.map_err(Arc::new)?;
+    let corridor: &Corridor = workspace.corridor();
+    let authorization = corridor.auth.harness().mint(
+        workspace.id(),
+        binding.executor(),
+        &stream.link().registration().id,
+        &corridor.identity.key_digest(),
+    );
+    Client::connect(stream, &corridor.identity, &authorization).await.map_err(|error| {
+        tracing::warn!(executor = %binding.executor(), %error, "no conversation with the executor");
+        let environment = binding.name().to_string();
+        Arc::new(match error {
+            ConnectError::Ended(_) => ReachError::NotConnected(environment),
+            error => ReachError::Unreachable { environment, source: Arc::new(error) },
+        })
+    })
+}

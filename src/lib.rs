@@ -3,5 +3,6 @@
 pub mod admin;
 pub mod config;
 pub mod store;
+pub mod time;
 
 pub use exec_gateway_protocol as protocol;

@@ -2,4 +2,14 @@
 //!
 //! No tokio, no I/O, no clock: a client could use this crate alone, and the fuzzer does.
 
+pub mod cap_token;
+pub mod endpoint;
+pub mod frame;
+pub mod harness_token;
 pub mod ids;
+mod mac;
+pub mod message;
+pub mod path;
+pub mod rest;
+pub mod rpc;
+pub mod ticket;

@@ -3,14 +3,25 @@
 //! [`Store`] answers the few questions the gateway asks. Every answer comes from one thread that owns the database
 //! (`embedded`), so callers never block the runtime.
 
+mod database;
 mod embedded;
+mod lock;
+#[cfg(test)]
+pub(crate) mod scratch;
 
-use std::path::Path;
+use std::fmt;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use exec_gateway_protocol::ids::{EnvironmentName, ExecutorId, RegistrationId, TokenId, TurnId, UserId, WorkspaceId};
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
+use zeroize::Zeroizing;
 
 pub use embedded::Store;
+pub use lock::StateLock;
 
 /// Why the store could not answer.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +41,7 @@ pub enum StoreError {
 }
 
 /// Proof that a workspace may reach an executor: only the store makes one.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Binding {
     workspace: WorkspaceId,
     executor: ExecutorId,
@@ -75,6 +86,18 @@ pub struct Executor {
     pub created_at: SystemTime,
     /// When its link was last known to be up.
     pub last_seen: Option<SystemTime>,
+}
+
+impl Executor {
+    /// The credential this executor registers with, derived from the executor key: `egx_` and 43 characters of base64url.
+    ///
+    /// It ends when the executor is deleted, when its generation rises, or when the key it was derived from has left
+    /// the keyring.
+    pub fn token(&self, key: &GatewayKey) -> Zeroizing<String> {
+        let mut mac = Hmac::<Sha256>::new_from_slice(&key.secret).expect("HMAC takes keys of any length");
+        mac.update(format!("{}.{}", self.id, self.generation).as_bytes());
+        Zeroizing::new(format!("egx_{}", URL_SAFE_NO_PAD.encode(mac.finalize().into_bytes())))
+    }
 }
 
 /// How a registered executor speaks on its socket.
@@ -163,11 +186,17 @@ pub struct GatewayKey {
     /// Names the key in what it signs.
     pub kid: String,
     /// 32 random bytes.
-    pub secret: zeroize::Zeroizing<Vec<u8>>,
+    pub secret: Zeroizing<Vec<u8>>,
+}
+
+impl fmt::Debug for GatewayKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GatewayKey").field("kid", &self.kid).field("secret", &"***").finish()
+    }
 }
 
 /// The keys of one purpose: one signs, both verify.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Keyring {
     /// Signs and verifies.
     pub current: GatewayKey,
@@ -176,6 +205,56 @@ pub struct Keyring {
 }
 
 /// The file of the store inside the state directory.
-pub fn path_in(state_dir: &Path) -> std::path::PathBuf {
+pub fn path_in(state_dir: &Path) -> PathBuf {
     state_dir.join("gateway.db")
+}
+
+/// Makes the state directory, closed to everybody else. One that exists keeps its mode: it may be shared on purpose,
+/// and every file in it has a mode of its own.
+fn make_state_dir(state_dir: &Path) -> Result<(), StoreError> {
+    use std::os::unix::fs::DirBuilderExt;
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(state_dir);
+    made.map_err(|error| StoreError::Unavailable(error.into()))
+}
+
+/// Opens a file of the state directory for reading and writing, and makes it, for its owner alone.
+fn open_private(path: &Path) -> Result<std::fs::File, StoreError> {
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+    let open = || {
+        let file =
+            std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        // A file left by a copy or a restored backup may have been made with a wider mode.
+        file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
+        Ok(file)
+    };
+    open().map_err(|error: std::io::Error| StoreError::Unavailable(error.into()))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn executor(generation: u64) -> Executor {
+        let id = ExecutorId::new("exe_1").unwrap();
+        Executor { id, generation, user: None, created_at: SystemTime::UNIX_EPOCH, last_seen: None }
+    }
+
+    fn key(byte: u8) -> GatewayKey {
+        GatewayKey { kid: "00c0ffee".into(), secret: Zeroizing::new(vec![byte; 32]) }
+    }
+
+    #[test]
+    fn an_executor_token_follows_from_id_generation_and_key() {
+        let token = executor(1).token(&key(7));
+        // HMAC-SHA256 of "exe_1.1" under 32 bytes of 7, computed by another implementation.
+        assert_eq!(token.as_str(), "egx_f9RCOCGJRvDSSilT8ANnn9oc62pcxoWe6Dei1o-DFLI");
+        assert_ne!(token, executor(2).token(&key(7)));
+        assert_ne!(token, executor(1).token(&key(8)));
+    }
+
+    #[test]
+    fn the_secret_of_a_key_is_not_in_its_debug_output() {
+        assert_eq!(format!("{:?}", key(7)), r#"GatewayKey { kid: "00c0ffee", secret: "***" }"#);
+    }
 }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use exec_gateway_protocol::cap_token::{self, CapClaims, CapToken};
+use exec_gateway_protocol::cap_token::{self as wire, CapClaims, CapToken, CapTokenError};
 use exec_gateway_protocol::ids::{TurnId, WorkspaceId};
 use lru::LruCache;
 use tokio::sync::broadcast;
@@ -44,9 +44,9 @@ struct Inner {
     announce: broadcast::Sender<Revocation>,
 }
 
-/// Why a cap-token gives no [`Principal`], or could not be revoked.
-#[derive(Debug, thiserror::Error)]
-pub enum CapTokenError {
+/// Why a cap-token gives no [`Principal`], or a workspace no cap-token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CapTokenRefused {
     /// Not of the form of a cap-token, or names no valid workspace or turn.
     #[error("the cap-token is malformed")]
     Malformed,
@@ -62,28 +62,24 @@ pub enum CapTokenError {
     /// Its turn, or its workspace at a later time than it was issued, was revoked.
     #[error("the cap-token was revoked")]
     Revoked,
-    /// The revocation could not be stored and does not count.
-    #[error("the revocation cannot be stored")]
-    Store(#[from] StoreError),
 }
 
-impl From<cap_token::CapTokenError> for CapTokenError {
-    fn from(error: cap_token::CapTokenError) -> Self {
+impl From<CapTokenError> for CapTokenRefused {
+    fn from(error: CapTokenError) -> Self {
         match error {
-            cap_token::CapTokenError::Malformed => Self::Malformed,
-            cap_token::CapTokenError::BadSignature => Self::BadSignature,
-            cap_token::CapTokenError::Expired => Self::Expired,
+            CapTokenError::Malformed => Self::Malformed,
+            CapTokenError::BadSignature => Self::BadSignature,
+            CapTokenError::Expired => Self::Expired,
         }
     }
 }
 
-impl From<CapTokenError> for AuthError {
-    fn from(error: CapTokenError) -> Self {
+impl From<CapTokenRefused> for AuthError {
+    fn from(error: CapTokenRefused) -> Self {
         match error {
-            CapTokenError::Malformed | CapTokenError::BadSignature | CapTokenError::TooLong => Self::Invalid,
-            CapTokenError::Expired => Self::Expired,
-            CapTokenError::Revoked => Self::Revoked,
-            CapTokenError::Store(source) => Self::unavailable(source),
+            CapTokenRefused::Malformed | CapTokenRefused::BadSignature | CapTokenRefused::TooLong => Self::Invalid,
+            CapTokenRefused::Expired => Self::Expired,
+            CapTokenRefused::Revoked => Self::Revoked,
         }
     }
 }
@@ -119,15 +115,15 @@ impl CapTokens {
     /// Checks a cap-token against the keys, the wall clock and the revocations.
     ///
     /// # Errors
-    /// All of [`CapTokenError`] but `Store`.
-    pub fn verify(&self, token: &str) -> Result<Principal, CapTokenError> {
+    /// [`CapTokenRefused`].
+    pub fn verify(&self, token: &str) -> Result<Principal, CapTokenRefused> {
         let now = self.0.clock.unix_secs();
         let claims = self.0.verified_claims(token, now)?;
         if claims.exp > now.saturating_add(LIFE_MAX_SECS) {
-            return Err(CapTokenError::TooLong);
+            return Err(CapTokenRefused::TooLong);
         }
         if lock(&self.0.revoked).ends(&claims.turn_id, &claims.workspace_id, claims.iat) {
-            return Err(CapTokenError::Revoked);
+            return Err(CapTokenRefused::Revoked);
         }
         Ok(Principal(Arc::new(Claims {
             workspace: claims.workspace_id,
@@ -141,7 +137,10 @@ impl CapTokens {
 
     /// A token of the gateway itself for a workspace: the last one minted while it has enough life left, else a new
     /// one. Each has a turn of its own, so revoking one blocks no other workspace.
-    pub fn for_workspace(&self, workspace: &WorkspaceId) -> Secret {
+    ///
+    /// # Errors
+    /// [`CapTokenRefused::Revoked`] when the workspace is revoked from a time that is still to come.
+    pub fn for_workspace(&self, workspace: &WorkspaceId) -> Result<Secret, CapTokenRefused> {
         let now = self.0.clock.unix_secs();
         let life_left_min = (self.0.ttl_secs / 10).max(LIFE_LEFT_MIN_SECS);
         let mut minted = lock(&self.0.minted);
@@ -151,11 +150,14 @@ impl CapTokens {
             && last.expires_at >= now.saturating_add(life_left_min)
             && !revoked.ends(&last.turn, workspace, last.issued_at)
         {
-            return last.token.clone();
+            return Ok(last.token.clone());
         }
-        // Seconds are coarse: a token minted in the second of a revocation would fall under it.
-        let issued_at =
-            revoked.workspaces.get(workspace).map_or(now, |end| now.max(end.issued_until.saturating_add(1)));
+        let issued_at = match revoked.workspaces.get(workspace) {
+            Some(end) if end.issued_until > now => return Err(CapTokenRefused::Revoked),
+            // Seconds are coarse: what is minted in the second of the revocation must not fall under it.
+            Some(end) if end.issued_until == now => now + 1,
+            _ => now,
+        };
         drop(revoked);
         let turn = TurnId::new(&format!("sdk_{}", random_12())).expect("16 plain characters");
         let expires_at = now.saturating_add(self.0.ttl_secs);
@@ -168,20 +170,20 @@ impl CapTokens {
             skip_audit: true,
             kid: Some(self.0.keys.current.kid.clone()),
         };
-        let token = Secret::new(cap_token::mint(&claims, &self.0.keys.current.secret));
+        let token = Secret::new(wire::mint(&claims, &self.0.keys.current.secret));
         minted.put(workspace.clone(), Minted { token: token.clone(), turn, issued_at, expires_at });
         if minted.len() > MINTED_MAX {
             minted.pop_lru();
         }
-        token
+        Ok(token)
     }
 
     /// Stores a revocation, then lets it count and announces it. Once begun, it is completed even if the future is
     /// dropped.
     ///
     /// # Errors
-    /// [`CapTokenError::Store`] when it could not be stored; nothing is revoked then.
-    pub async fn revoke(&self, revocation: Revocation) -> Result<(), CapTokenError> {
+    /// [`StoreError`] when it could not be stored; nothing is revoked then.
+    pub async fn revoke(&self, revocation: Revocation) -> Result<(), StoreError> {
         let tokens = self.clone();
         let task = tokio::spawn(async move {
             tokens.0.store.add_revocation(revocation.clone(), tokens.0.revocations_max).await?;
@@ -222,17 +224,15 @@ impl CapTokens {
 }
 
 impl Inner {
-    fn verified_claims(&self, token: &str, now: u64) -> Result<CapClaims, CapTokenError> {
-        let parsed = CapToken::parse(token)?;
-        let named = parsed.kid().map(str::to_owned);
-        let keys = keys(&self.keys).filter(|key| named.as_ref().is_none_or(|kid| key.kid == *kid));
-        for key in keys {
+    fn verified_claims(&self, token: &str, now: u64) -> Result<CapClaims, CapTokenRefused> {
+        let named = CapToken::parse(token)?.kid().map(str::to_owned);
+        for key in keys(&self.keys).filter(|key| named.as_ref().is_none_or(|kid| key.kid == *kid)) {
             match CapToken::parse(token)?.verify(&key.secret, now) {
-                Err(cap_token::CapTokenError::BadSignature) => {}
+                Err(CapTokenError::BadSignature) => {}
                 verdict => return Ok(verdict?),
             }
         }
-        Err(CapTokenError::BadSignature)
+        Err(CapTokenRefused::BadSignature)
     }
 }
 
@@ -289,5 +289,206 @@ impl Revoked {
 
     fn ends(&self, turn: &TurnId, workspace: &WorkspaceId, issued_at: u64) -> bool {
         self.turns.contains_key(turn) || self.workspaces.get(workspace).is_some_and(|end| issued_at <= end.issued_until)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::auth::doubles::{FakeClock, ring};
+    use crate::store::scratch::ScratchDir;
+
+    const NOW: u64 = 1_000_000;
+
+    struct Rig {
+        tokens: CapTokens,
+        clock: FakeClock,
+        store: Store,
+        _dir: ScratchDir,
+    }
+
+    async fn rig() -> Rig {
+        let dir = ScratchDir::new();
+        let store = Store::open(dir.path()).unwrap();
+        let clock = FakeClock::at(NOW);
+        let tokens = open(&store, &clock).await;
+        Rig { tokens, clock, store, _dir: dir }
+    }
+
+    async fn open(store: &Store, clock: &FakeClock) -> CapTokens {
+        CapTokens::new(store.clone(), ring(1, Some(2)), &config::Auth::default(), clock.clock()).await.unwrap()
+    }
+
+    fn claims() -> CapClaims {
+        CapClaims {
+            turn_id: "turn".parse().unwrap(),
+            workspace_id: "w".parse().unwrap(),
+            user_id: Some("ann".parse().unwrap()),
+            iat: NOW,
+            exp: NOW + 3600,
+            skip_audit: false,
+            kid: None,
+        }
+    }
+
+    fn signed(key: u8, claims: &CapClaims) -> String {
+        wire::mint(claims, &ring(key, None).current.secret)
+    }
+
+    impl Rig {
+        fn refusal(&self, token: &str) -> Option<CapTokenRefused> {
+            self.tokens.verify(token).err()
+        }
+
+        async fn revoke(&self, scope: RevocationScope) {
+            let revoked_at = self.clock.now();
+            let forget_at = revoked_at + Duration::from_secs(LIFE_MAX_SECS);
+            self.tokens.revoke(Revocation { scope, revoked_at, forget_at }).await.unwrap();
+        }
+
+        async fn revoke_workspace(&self, workspace: &str) {
+            self.revoke(RevocationScope::Workspace(workspace.parse().unwrap())).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_good_cap_token_names_workspace_user_turn_and_end() {
+        let rig = rig().await;
+        let principal = rig.tokens.verify(&signed(1, &claims())).unwrap();
+        assert_eq!((principal.workspace().as_str(), principal.user().unwrap().as_str()), ("w", "ann"));
+        assert_eq!(principal.credential(), &CredentialId::Cap("turn".parse().unwrap()));
+        assert_eq!(principal.expires_at(), Some(SystemTime::UNIX_EPOCH + Duration::from_secs(NOW + 3600)));
+    }
+
+    #[tokio::test]
+    async fn without_a_kid_both_keys_are_tried_and_with_one_only_its_own() {
+        let rig = rig().await;
+        let kid = |kid: &str| CapClaims { kid: Some(kid.into()), ..claims() };
+        for (token, refusal) in [
+            (signed(1, &claims()), None),
+            (signed(2, &claims()), None),
+            (signed(3, &claims()), Some(CapTokenRefused::BadSignature)),
+            (signed(1, &kid("kid1")), None),
+            (signed(2, &kid("kid2")), None),
+            (signed(1, &kid("kid2")), Some(CapTokenRefused::BadSignature)),
+            (signed(1, &kid("kid9")), Some(CapTokenRefused::BadSignature)),
+        ] {
+            assert_eq!(rig.refusal(&token), refusal);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_altered_cap_token_is_refused() {
+        let rig = rig().await;
+        let token = signed(1, &claims());
+        let other = signed(1, &CapClaims { workspace_id: "other".parse().unwrap(), ..claims() });
+        let payload = |token: &str| token.split('.').nth(1).unwrap().to_owned();
+        let swapped = token.replace(&payload(&token), &payload(&other));
+        assert_eq!(rig.refusal(&swapped), Some(CapTokenRefused::BadSignature));
+        assert_eq!(rig.refusal(token.rsplit_once('.').unwrap().0), Some(CapTokenRefused::Malformed));
+    }
+
+    #[tokio::test]
+    async fn a_cap_token_is_good_in_its_last_second_and_not_after_it() {
+        let rig = rig().await;
+        let token = signed(1, &claims());
+        rig.clock.advance(3600);
+        assert_eq!(rig.refusal(&token), None);
+        rig.clock.advance(1);
+        assert_eq!(rig.refusal(&token), Some(CapTokenRefused::Expired));
+    }
+
+    #[tokio::test]
+    async fn a_life_of_more_than_400_days_is_refused() {
+        let rig = rig().await;
+        let lasting = |secs: u64| signed(1, &CapClaims { exp: NOW.saturating_add(secs), ..claims() });
+        assert_eq!(rig.refusal(&lasting(LIFE_MAX_SECS)), None);
+        assert_eq!(rig.refusal(&lasting(LIFE_MAX_SECS + 1)), Some(CapTokenRefused::TooLong));
+        assert_eq!(rig.refusal(&lasting(u64::MAX)), Some(CapTokenRefused::TooLong));
+    }
+
+    #[tokio::test]
+    async fn a_revoked_turn_ends_its_tokens_and_no_others_also_after_a_restart() {
+        let rig = rig().await;
+        let other = signed(1, &CapClaims { turn_id: "other".parse().unwrap(), ..claims() });
+        rig.revoke(RevocationScope::Turn("turn".parse().unwrap())).await;
+        let restarted = open(&rig.store, &rig.clock).await;
+        for tokens in [&rig.tokens, &restarted] {
+            assert_eq!(tokens.verify(&signed(1, &claims())).unwrap_err(), CapTokenRefused::Revoked);
+            assert!(tokens.verify(&other).is_ok());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_revoked_workspace_ends_what_was_issued_up_to_then() {
+        let rig = rig().await;
+        rig.revoke_workspace("w").await;
+        let issued = |iat: u64| signed(1, &CapClaims { iat, ..claims() });
+        assert_eq!(rig.refusal(&issued(NOW - 1)), Some(CapTokenRefused::Revoked));
+        assert_eq!(rig.refusal(&issued(NOW)), Some(CapTokenRefused::Revoked));
+        assert_eq!(rig.refusal(&issued(0)), Some(CapTokenRefused::Revoked));
+        assert_eq!(rig.refusal(&issued(NOW + 1)), None);
+        let elsewhere = CapClaims { workspace_id: "v".parse().unwrap(), ..claims() };
+        assert_eq!(rig.refusal(&signed(1, &elsewhere)), None);
+    }
+
+    #[tokio::test]
+    async fn a_revocation_that_cannot_be_stored_does_not_count() {
+        let rig = rig().await;
+        let config = config::Auth { revocations_max: 1, ..config::Auth::default() };
+        let tokens = CapTokens::new(rig.store.clone(), ring(1, None), &config, rig.clock.clock()).await.unwrap();
+        let turn = |turn: &str| Revocation {
+            scope: RevocationScope::Turn(turn.parse().unwrap()),
+            revoked_at: SystemTime::now(),
+            forget_at: SystemTime::now() + Duration::from_secs(3600),
+        };
+        tokens.revoke(turn("first")).await.unwrap();
+        assert!(tokens.revoke(turn("turn")).await.is_err());
+        assert!(tokens.verify(&signed(1, &claims())).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_revocation_is_announced_and_ends_what_was_opened_under_it() {
+        let rig = rig().await;
+        let principal = rig.tokens.verify(&signed(1, &claims())).unwrap();
+        let mut announced = rig.tokens.subscribe();
+        assert!(rig.tokens.stands(&principal));
+        rig.revoke_workspace("w").await;
+        assert_eq!(announced.recv().await.unwrap().scope, RevocationScope::Workspace("w".parse().unwrap()));
+        assert!(!rig.tokens.stands(&principal));
+    }
+
+    #[tokio::test]
+    async fn a_minted_token_is_kept_per_workspace_and_renewed_in_the_last_tenth_of_its_life() {
+        let rig = rig().await;
+        let mint = |workspace: &str| rig.tokens.for_workspace(&workspace.parse().unwrap()).unwrap();
+        let first = mint("w");
+        assert_eq!(rig.tokens.verify(first.expose()).unwrap().workspace().as_str(), "w");
+        assert!(first != mint("v"));
+        rig.clock.advance(86_400 * 9 / 10);
+        assert!(first == mint("w"));
+        rig.clock.advance(1);
+        let second = mint("w");
+        assert!(first != second);
+        rig.clock.advance(86_400 / 10);
+        assert_eq!(rig.refusal(first.expose()), Some(CapTokenRefused::Expired));
+        assert_eq!(rig.refusal(second.expose()), None);
+    }
+
+    #[tokio::test]
+    async fn a_revoked_minted_token_is_replaced_within_the_same_second_and_only_in_its_workspace() {
+        let rig = rig().await;
+        let mint = |workspace: &str| rig.tokens.for_workspace(&workspace.parse().unwrap()).unwrap();
+        let (first, other) = (mint("w"), mint("v"));
+        let CredentialId::Cap(turn) = rig.tokens.verify(first.expose()).unwrap().credential().clone() else { panic!() };
+        rig.revoke(RevocationScope::Turn(turn)).await;
+        let second = mint("w");
+        assert_eq!(rig.refusal(second.expose()), None);
+        rig.revoke_workspace("w").await;
+        assert_eq!(rig.refusal(second.expose()), Some(CapTokenRefused::Revoked));
+        assert_eq!(rig.refusal(mint("w").expose()), None);
+        assert!(other == mint("v"));
     }
 }

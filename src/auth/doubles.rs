@@ -45,8 +45,10 @@ pub(super) struct FakeValidator {
     shared: Arc<Shared>,
 }
 
+type Decide = dyn Fn(u64, &Value) -> Reply + Send + Sync;
+
 struct Shared {
-    decide: Mutex<Arc<dyn Fn(u64, &Value) -> Reply + Send + Sync>>,
+    decide: Mutex<Arc<Decide>>,
     asked: watch::Sender<u64>,
     open: watch::Sender<bool>,
     last: Mutex<Option<(String, Option<String>, Value)>>,

@@ -192,3 +192,155 @@ impl<'a> Shown<'a> {
         ExecutorCredential { digest: Sha256::digest(self.credential).into() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use exec_gateway_protocol::ids::UserId;
+    use serde_json::json;
+
+    use super::*;
+    use crate::auth::doubles::{FakeValidator, Reply, ok, refused, ring};
+    use crate::store::scratch::ScratchDir;
+
+    struct Rig {
+        store: Store,
+        validator: FakeValidator,
+        embedded: ExecutorAuth,
+        upstream: ExecutorAuth,
+        _dir: ScratchDir,
+    }
+
+    async fn rig() -> Rig {
+        let dir = ScratchDir::new();
+        let store = Store::open(dir.path()).unwrap();
+        let validator = FakeValidator::start().await;
+        let client = validator.client(&Arc::default());
+        Rig {
+            embedded: ExecutorAuth::new(store.clone(), ring(1, Some(2)), None),
+            upstream: ExecutorAuth::new(store.clone(), ring(1, Some(2)), Some(client)),
+            store,
+            validator,
+            _dir: dir,
+        }
+    }
+
+    impl Rig {
+        async fn executor(&self, name: &str, user: Option<&str>) -> Executor {
+            let user = user.map(|user| UserId::new(user).unwrap());
+            let (workspace, name) = ("w".parse().unwrap(), name.parse().unwrap());
+            self.store.create_executor(&workspace, &name, false, user.as_ref()).await.unwrap()
+        }
+    }
+
+    fn token(executor: &Executor, key: u8) -> String {
+        executor.token(&ring(key, None).current).to_string()
+    }
+
+    fn headers(authorization: &str) -> HeaderMap {
+        [(hyper::header::AUTHORIZATION, authorization.parse().unwrap())].into_iter().collect()
+    }
+
+    fn kind<T>(answer: Result<T, ExecutorAuthError>) -> &'static str {
+        match answer {
+            Ok(_) => "ok",
+            Err(ExecutorAuthError::Unauthorized) => "unauthorized",
+            Err(ExecutorAuthError::NotRegistered) => "not registered",
+            Err(ExecutorAuthError::Unavailable(_)) => "unavailable",
+        }
+    }
+
+    #[tokio::test]
+    async fn an_executor_registers_with_its_own_token_of_either_key() {
+        let rig = rig().await;
+        let (executor, other) = (rig.executor("a", None).await, rig.executor("b", None).await);
+        for (authorization, answer) in [
+            (format!("Bearer {}", token(&executor, 1)), "ok"),
+            (format!("bearer  {}", token(&executor, 2)), "ok"),
+            (format!("Bearer {}", token(&executor, 3)), "unauthorized"),
+            (format!("Bearer {}", token(&other, 1)), "unauthorized"),
+            (format!("AgentAssertion {}", token(&executor, 1)), "unauthorized"),
+            (format!("Basic {}", token(&executor, 1)), "unauthorized"),
+            ("Bearer egx_".into(), "unauthorized"),
+            ("Bearer something".into(), "unauthorized"),
+        ] {
+            assert_eq!(kind(rig.embedded.verify(&executor.id, &headers(&authorization)).await), answer);
+        }
+        assert_eq!(kind(rig.embedded.verify(&executor.id, &HeaderMap::new()).await), "unauthorized");
+    }
+
+    #[tokio::test]
+    async fn an_unknown_executor_answers_as_a_known_one_unless_the_token_was_its_own() {
+        let rig = rig().await;
+        let executor = rig.executor("a", None).await;
+        let own = headers(&format!("Bearer {}", token(&executor, 1)));
+        let bad = headers("Bearer egx_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA");
+        let unknown = "exe_unknown".parse().unwrap();
+        assert_eq!(kind(rig.embedded.verify(&executor.id, &bad).await), "unauthorized");
+        assert_eq!(kind(rig.embedded.verify(&unknown, &bad).await), "unauthorized");
+        rig.store.delete_executor(&executor.id).await.unwrap();
+        assert_eq!(kind(rig.embedded.verify(&executor.id, &own).await), "not registered");
+    }
+
+    #[tokio::test]
+    async fn the_validator_is_asked_with_scheme_credential_and_account() {
+        let rig = rig().await;
+        let executor = rig.executor("a", Some("ann")).await;
+        rig.validator.replies(ok(r#"{"user_id":"ann"}"#));
+        let mut shown = headers("AgentAssertion jwt");
+        shown.insert("ChatGPT-Account-ID", "acc".parse().unwrap());
+        let credential = rig.upstream.verify(&executor.id, &shown).await.unwrap();
+        let (path, secret, body) = rig.validator.last_question();
+        assert_eq!((path.as_str(), secret.as_deref()), ("/internal/codex-auth/validate", Some("between-us")));
+        assert_eq!(body, json!({"scheme": "agent_assertion", "assertion": "jwt", "account_id": "acc"}));
+        assert!(ExecutorCredential::shown(&shown).unwrap().is(&credential.digest()));
+        assert_eq!(credential.digest(), <[u8; 32]>::from(Sha256::digest("jwt")));
+        assert!(rig.upstream.verify(&executor.id, &headers("Bearer access")).await.is_ok());
+        assert_eq!(rig.validator.last_question().2, json!({"scheme": "bearer", "token": "access", "account_id": ""}));
+    }
+
+    #[tokio::test]
+    async fn somebody_elses_executor_answers_as_an_unknown_one() {
+        let rig = rig().await;
+        let executor = rig.executor("a", Some("ann")).await;
+        rig.validator.replies(ok(r#"{"user_id":"bob"}"#));
+        let unknown = "exe_unknown".parse().unwrap();
+        for id in [&executor.id, &unknown] {
+            assert_eq!(kind(rig.upstream.verify(id, &headers("Bearer access")).await), "not registered");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_names_nobody_is_refused_and_what_fails_is_not() {
+        let rig = rig().await;
+        let executor = rig.executor("a", None).await;
+        for (reply, answer) in [
+            (refused(), "unauthorized"),
+            (ok(r#"{"user_id":""}"#), "unauthorized"),
+            (ok(r#"{"error":"no"}"#), "unauthorized"),
+            (Reply::Answer(500, String::new()), "unavailable"),
+            (Reply::Answer(404, String::new()), "unavailable"),
+            (ok("garbage"), "unavailable"),
+            (ok(r#"{"user_id":"ann"}"#), "ok"),
+        ] {
+            rig.validator.replies(reply);
+            assert_eq!(kind(rig.upstream.verify(&executor.id, &headers("Bearer access")).await), answer);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_derived_token_is_checked_here_even_with_a_validator() {
+        let rig = rig().await;
+        let executor = rig.executor("a", None).await;
+        let shown = headers(&format!("Bearer {}", token(&executor, 1)));
+        assert_eq!(kind(rig.upstream.verify(&executor.id, &shown).await), "ok");
+        assert_eq!(rig.validator.asked(), 0);
+    }
+
+    #[test]
+    fn a_credential_is_never_shown() {
+        let credential = ExecutorCredential::shown(&headers("Bearer hunter2")).unwrap();
+        assert_eq!(format!("{credential:?}"), "ExecutorCredential(***)");
+    }
+}

@@ -4,13 +4,13 @@
 //! [`crate::store::Binding`]. No credential leaves it in an error, a log line or a `Debug` text.
 
 mod cache;
-mod cap_token;
+pub mod cap_token;
 #[cfg(test)]
 mod doubles;
-mod executor;
-mod harness;
-mod proxy_token;
-mod ticket;
+pub mod executor;
+pub mod harness;
+pub mod proxy_token;
+pub mod ticket;
 mod upstream;
 
 use std::error::Error;
@@ -24,16 +24,17 @@ use exec_gateway_protocol::ids::{TokenId, TurnId, UserId, WorkspaceId};
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
 
-pub use cap_token::{CapTokenError, CapTokens};
-pub use executor::{ExecutorAuth, ExecutorAuthError, ExecutorCredential};
-pub use harness::{HarnessAuth, HarnessAuthError};
-pub use proxy_token::ProxyTokenAuth;
-pub use ticket::{TicketError, Tickets};
 pub use upstream::UpstreamError;
 
 use crate::config;
 use crate::store::{KeyPurpose, Store, StoreError};
-use upstream::Upstream;
+
+use self::cap_token::CapTokens;
+use self::executor::ExecutorAuth;
+use self::harness::HarnessAuth;
+use self::proxy_token::ProxyTokenAuth;
+use self::ticket::Tickets;
+use self::upstream::Upstream;
 
 /// Longest credential looked at, in bytes. Cap-tokens are the longest by nature, below 1 KiB.
 pub const CREDENTIAL_BYTES_MAX: usize = 4096;
@@ -157,7 +158,7 @@ struct Parts {
     cap_tokens: CapTokens,
     executors: ExecutorAuth,
     tickets: Tickets,
-    harnesses: HarnessAuth,
+    harness: HarnessAuth,
     counters: Arc<TokenCounters>,
 }
 
@@ -175,7 +176,7 @@ impl Auth {
         Ok(Self(Arc::new(Parts {
             cap_tokens: CapTokens::new(store.clone(), cap_keys, config, clock.clone()).await?,
             tickets: Tickets::new(store.keyring(KeyPurpose::Ticket).await?, config, clock.clone()),
-            harnesses: HarnessAuth::new(store.keyring(KeyPurpose::Harness).await?, config, clock.clone()),
+            harness: HarnessAuth::new(store.keyring(KeyPurpose::Harness).await?, config, clock.clone()),
             executors: ExecutorAuth::new(store.clone(), store.keyring(KeyPurpose::Executor).await?, upstream.clone()),
             proxy_tokens: ProxyTokenAuth::new(store, upstream, config, clock, counters.clone()),
             counters,
@@ -217,8 +218,8 @@ impl Auth {
         &self.0.tickets
     }
     /// Authorizations of encrypted handshakes.
-    pub fn harnesses(&self) -> &HarnessAuth {
-        &self.0.harnesses
+    pub fn harness(&self) -> &HarnessAuth {
+        &self.0.harness
     }
     /// What the token caches and the validator did so far.
     pub fn counters(&self) -> &TokenCounters {
@@ -357,5 +358,30 @@ mod tests {
         let error = AuthError::unavailable(std::io::Error::other("http://10.0.0.1:8080/internal"));
         assert_eq!(error.to_string(), "the token cannot be checked at the moment");
         assert!(error.source().unwrap().to_string().contains("10.0.0.1"));
+    }
+
+    #[tokio::test]
+    async fn the_form_of_a_credential_decides_how_it_is_checked() {
+        let dir = crate::store::scratch::ScratchDir::new();
+        let auth = Auth::new(Store::open(dir.path()).unwrap(), &config::Auth::default()).await.unwrap();
+        let minted = auth.cap_tokens().for_workspace(&"w".parse().unwrap()).unwrap();
+        assert_eq!(auth.principal(minted.expose()).await.unwrap().workspace().as_str(), "w");
+        let executor = "exe_1".parse().unwrap();
+        let ticket = auth.tickets().mint(&executor);
+        let authorization = auth.harness().mint(&"w".parse().unwrap(), &executor, &"exr_1".parse().unwrap(), &[0; 32]);
+        for credential in [ticket.as_str(), &authorization, "x", &"x".repeat(CREDENTIAL_BYTES_MAX + 1)] {
+            assert!(matches!(auth.principal(credential).await, Err(AuthError::Invalid)));
+        }
+        assert!(auth.harness().admit(minted.expose(), &executor).is_err());
+        assert!(auth.tickets().verify(&authorization, &executor).is_err());
+        assert!(matches!(auth.principal("").await, Err(AuthError::MissingBearer)));
+    }
+
+    #[tokio::test]
+    async fn a_validator_that_cannot_be_asked_is_reported_at_start() {
+        let dir = crate::store::scratch::ScratchDir::new();
+        let config = config::Auth { upstream_url: Some("https://validator".into()), ..config::Auth::default() };
+        let started = Auth::new(Store::open(dir.path()).unwrap(), &config).await;
+        assert!(matches!(started.err(), Some(AuthStartError::Upstream(UpstreamError::Url))));
     }
 }

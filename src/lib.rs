@@ -1,6 +1,7 @@
 //! The exec-gateway daemon.
 
 pub mod admin;
+pub mod auth;
 pub mod config;
 pub mod store;
 pub mod time;

@@ -1,0 +1,387 @@
+//! Who calls: turns credentials into a [`Principal`], and mints the gateway's own short-lived rights.
+//!
+//! Owned by the gateway, one per process. It says who somebody is and never what they may reach: that is
+//! [`crate::store::Binding`]. No credential leaves it in an error, a log line or a `Debug` text.
+
+mod cache;
+pub mod cap_token;
+#[cfg(test)]
+mod doubles;
+pub mod executor;
+pub mod harness;
+pub mod proxy_token;
+pub mod ticket;
+mod upstream;
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::SystemTime;
+
+use exec_gateway_protocol::cap_token::is_cap_token;
+use exec_gateway_protocol::ids::{TokenId, TurnId, UserId, WorkspaceId};
+use hyper::HeaderMap;
+use hyper::header::AUTHORIZATION;
+
+pub use upstream::UpstreamError;
+
+use crate::config;
+use crate::store::{KeyPurpose, Store, StoreError};
+
+use self::cap_token::CapTokens;
+use self::executor::ExecutorAuth;
+use self::harness::HarnessAuth;
+use self::proxy_token::ProxyTokenAuth;
+use self::ticket::Tickets;
+use self::upstream::Upstream;
+
+/// Longest credential looked at, in bytes. Cap-tokens are the longest by nature, below 1 KiB.
+pub const CREDENTIAL_BYTES_MAX: usize = 4096;
+
+/// Proof of who calls. Only this module makes one, so holding it means that a credential was checked.
+#[derive(Debug, Clone)]
+pub struct Principal(Arc<Claims>);
+
+#[derive(Debug)]
+struct Claims {
+    workspace: WorkspaceId,
+    user: Option<UserId>,
+    credential: CredentialId,
+    scopes: Scopes,
+    expires_at: Option<SystemTime>,
+    /// Unix second at which a cap-token was issued; a revocation of its workspace compares it.
+    issued_at: Option<u64>,
+}
+
+impl Principal {
+    /// The tenant.
+    pub fn workspace(&self) -> &WorkspaceId {
+        &self.0.workspace
+    }
+    /// The person, where the credential names one.
+    pub fn user(&self) -> Option<&UserId> {
+        self.0.user.as_ref()
+    }
+    /// Which credential was shown, fit for audit.
+    pub fn credential(&self) -> &CredentialId {
+        &self.0.credential
+    }
+    /// What the credential is limited to.
+    pub fn scopes(&self) -> Scopes {
+        self.0.scopes
+    }
+    /// When the credential ends by itself (wall clock); `None` where that is not known.
+    pub fn expires_at(&self) -> Option<SystemTime> {
+        self.0.expires_at
+    }
+}
+
+/// Names a credential without being one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum CredentialId {
+    /// One of the gateway's own proxy tokens.
+    Token(TokenId),
+    /// SHA-256 of a proxy token that the validator upstream knows.
+    Digest([u8; 32]),
+    /// A cap-token, by the turn it was minted for.
+    Cap(TurnId),
+}
+
+impl fmt::Display for CredentialId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Token(id) => write!(f, "{id}"),
+            // Eight bytes tell tokens apart in a log and are no help in finding one.
+            Self::Digest(digest) => {
+                f.write_str("sha256:")?;
+                digest[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+            }
+            Self::Cap(turn) => write!(f, "cap:{turn}"),
+        }
+    }
+}
+
+/// What a credential is limited to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Scopes {
+    /// Whether it may only read.
+    pub read_only: bool,
+}
+
+/// Why a credential gives no [`Principal`]. The texts are fit for callers.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum AuthError {
+    /// No `Authorization: Bearer` header, or an empty one.
+    #[error("a bearer token is required")]
+    MissingBearer,
+    /// The credential is refused: unknown, altered, or in no known form.
+    #[error("the token is not valid")]
+    Invalid,
+    /// It was valid once.
+    #[error("the token has expired")]
+    Expired,
+    /// Its turn or its workspace was revoked.
+    #[error("the token was revoked")]
+    Revoked,
+    /// Nobody could say. The source is for the log.
+    #[error("the token cannot be checked at the moment")]
+    Unavailable {
+        /// What failed.
+        source: Arc<dyn Error + Send + Sync>,
+    },
+}
+
+impl AuthError {
+    fn unavailable(source: impl Error + Send + Sync + 'static) -> Self {
+        Self::Unavailable { source: Arc::new(source) }
+    }
+}
+
+/// Why authentication cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthStartError {
+    /// Keys or revocations could not be read.
+    #[error("the gateway's keys cannot be read")]
+    Store(#[from] StoreError),
+    /// The section `auth` names a validator that cannot be asked.
+    #[error(transparent)]
+    Upstream(#[from] UpstreamError),
+}
+
+/// All authentications of one gateway; cheap to clone.
+#[derive(Clone)]
+pub struct Auth(Arc<Parts>);
+
+struct Parts {
+    proxy_tokens: ProxyTokenAuth,
+    cap_tokens: CapTokens,
+    executors: ExecutorAuth,
+    tickets: Tickets,
+    harness: HarnessAuth,
+    counters: Arc<TokenCounters>,
+}
+
+impl Auth {
+    /// Reads keys and revocations once. The validator upstream is not asked yet.
+    ///
+    /// # Errors
+    /// [`AuthStartError`] when the store does not answer or the configuration cannot work.
+    pub async fn new(store: Store, config: &config::Auth) -> Result<Self, AuthStartError> {
+        let counters = Arc::new(TokenCounters::default());
+        let upstream = config.upstream_url.as_deref().filter(|url| !url.is_empty());
+        let upstream = upstream.map(|url| Upstream::new(url, config, counters.clone())).transpose()?.map(Arc::new);
+        let clock = Clock::system();
+        let cap_keys = store.keyring(KeyPurpose::CapToken).await?;
+        Ok(Self(Arc::new(Parts {
+            cap_tokens: CapTokens::new(store.clone(), cap_keys, config, clock.clone()).await?,
+            tickets: Tickets::new(store.keyring(KeyPurpose::Ticket).await?, config, clock.clone()),
+            harness: HarnessAuth::new(store.keyring(KeyPurpose::Harness).await?, config, clock.clone()),
+            executors: ExecutorAuth::new(store.clone(), store.keyring(KeyPurpose::Executor).await?, upstream.clone()),
+            proxy_tokens: ProxyTokenAuth::new(store, upstream, config, clock, counters.clone()),
+            counters,
+        })))
+    }
+
+    /// Checks a caller's credential; its form decides how. Dropping the future harms no other caller of the same
+    /// token.
+    ///
+    /// # Errors
+    /// [`AuthError`]; `Unavailable` says nothing about the token.
+    pub async fn principal(&self, bearer: &str) -> Result<Principal, AuthError> {
+        if bearer.is_empty() {
+            return Err(AuthError::MissingBearer);
+        }
+        if bearer.len() > CREDENTIAL_BYTES_MAX {
+            return Err(AuthError::Invalid);
+        }
+        if is_cap_token(bearer) {
+            return Ok(self.0.cap_tokens.verify(bearer)?);
+        }
+        self.0.proxy_tokens.principal(bearer).await
+    }
+
+    /// Proxy tokens.
+    pub fn proxy_tokens(&self) -> &ProxyTokenAuth {
+        &self.0.proxy_tokens
+    }
+    /// Cap-tokens.
+    pub fn cap_tokens(&self) -> &CapTokens {
+        &self.0.cap_tokens
+    }
+    /// Credentials of executors at register.
+    pub fn executors(&self) -> &ExecutorAuth {
+        &self.0.executors
+    }
+    /// Tickets of executor sockets.
+    pub fn tickets(&self) -> &Tickets {
+        &self.0.tickets
+    }
+    /// Authorizations of encrypted handshakes.
+    pub fn harness(&self) -> &HarnessAuth {
+        &self.0.harness
+    }
+    /// What the token caches and the validator did so far.
+    pub fn counters(&self) -> &TokenCounters {
+        &self.0.counters
+    }
+}
+
+/// The token of an `Authorization: Bearer` header; the scheme in any case, as HTTP has it (RFC 9110, 11.1).
+///
+/// # Errors
+/// [`AuthError::MissingBearer`] without such a header or with an empty token, [`AuthError::Invalid`] when the token is
+/// longer than [`CREDENTIAL_BYTES_MAX`], is no visible ASCII, or the header stands there twice.
+pub fn bearer(headers: &HeaderMap) -> Result<&str, AuthError> {
+    match authorization(headers, CREDENTIAL_BYTES_MAX)? {
+        (scheme, credential) if scheme.eq_ignore_ascii_case("bearer") => Ok(credential),
+        _ => Err(AuthError::MissingBearer),
+    }
+}
+
+/// Scheme and credential of the only `Authorization` header, the credential of `bytes_max` bytes at most.
+fn authorization(headers: &HeaderMap, bytes_max: usize) -> Result<(&str, &str), AuthError> {
+    let mut values = headers.get_all(AUTHORIZATION).iter();
+    let value = values.next().ok_or(AuthError::MissingBearer)?;
+    // Of two credentials a proxy before us may have checked the other one.
+    if values.next().is_some() {
+        return Err(AuthError::Invalid);
+    }
+    let value = value.to_str().map_err(|_| AuthError::Invalid)?;
+    let (scheme, credential) = value.split_once(' ').ok_or(AuthError::MissingBearer)?;
+    match credential.trim_matches([' ', '\t']) {
+        "" => Err(AuthError::MissingBearer),
+        long if long.len() > bytes_max => Err(AuthError::Invalid),
+        spaced if spaced.contains([' ', '\t']) => Err(AuthError::Invalid),
+        credential => Ok((scheme, credential)),
+    }
+}
+
+/// The wall clock, which tests replace.
+#[derive(Clone)]
+struct Clock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
+
+impl Clock {
+    fn system() -> Self {
+        Self(Arc::new(SystemTime::now))
+    }
+
+    fn now(&self) -> SystemTime {
+        (self.0)()
+    }
+
+    /// Unix seconds, which tokens carry.
+    fn unix_secs(&self) -> u64 {
+        unix_secs(self.now())
+    }
+}
+
+/// A clock set before 1970 counts as 1970.
+fn unix_secs(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+macro_rules! counters {
+    ($( $(#[doc = $doc:literal])* $name:ident ),* $(,)?) => {
+        /// What the token caches and the validator did since the start.
+        #[derive(Debug, Default)]
+        pub struct TokenCounters { $( $name: AtomicU64, )* }
+
+        /// The counts of [`TokenCounters`] at one time.
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+        pub struct TokenCounts { $( $(#[doc = $doc])* pub $name: u64, )* }
+
+        impl TokenCounters {
+            /// The counts now.
+            pub fn snapshot(&self) -> TokenCounts {
+                TokenCounts { $( $name: self.$name.load(Relaxed), )* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Calls whose token was known as good.
+    hits,
+    /// Calls whose token had to be asked for, or for which another call was already asking.
+    misses,
+    /// Calls whose token was known as refused.
+    negative_hits,
+    /// Calls served by a token that could not be confirmed in time.
+    stale,
+    /// Questions sent to the validator.
+    upstream_requests,
+    /// Questions that got no verdict.
+    upstream_failures,
+    /// Good tokens forgotten for lack of room.
+    positive_evictions,
+    /// Refused tokens forgotten for lack of room.
+    negative_evictions,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn headers(values: &[&str]) -> HeaderMap {
+        values.iter().map(|value| (AUTHORIZATION, value.parse().unwrap())).collect()
+    }
+
+    #[test]
+    fn the_scheme_is_read_in_any_case_and_with_any_number_of_spaces() {
+        for value in ["Bearer abc", "bearer abc", "BEARER   abc", "bEaReR abc  "] {
+            assert_eq!(bearer(&headers(&[value])).unwrap(), "abc", "{value:?}");
+        }
+    }
+
+    #[test]
+    fn without_a_bearer_token_it_is_missing_and_not_invalid() {
+        for values in [&[][..], &["Basic abc"], &["Bearer"], &["Bearer "], &["Bearer    "], &["abc"], &["Bearerabc"]] {
+            assert!(matches!(bearer(&headers(values)), Err(AuthError::MissingBearer)), "{values:?}");
+        }
+    }
+
+    #[test]
+    fn a_token_that_no_minter_makes_is_invalid() {
+        let long = format!("Bearer {}", "x".repeat(CREDENTIAL_BYTES_MAX + 1));
+        for values in [&[long.as_str()][..], &["Bearer a b"], &["Bearer a", "Bearer b"]] {
+            assert!(matches!(bearer(&headers(values)), Err(AuthError::Invalid)), "{values:?}");
+        }
+        let longest = format!("Bearer {}", "x".repeat(CREDENTIAL_BYTES_MAX));
+        assert_eq!(bearer(&headers(&[&longest])).unwrap().len(), CREDENTIAL_BYTES_MAX);
+    }
+
+    #[test]
+    fn what_a_caller_reads_of_a_failure_never_names_its_cause() {
+        let error = AuthError::unavailable(std::io::Error::other("http://10.0.0.1:8080/internal"));
+        assert_eq!(error.to_string(), "the token cannot be checked at the moment");
+        assert!(error.source().unwrap().to_string().contains("10.0.0.1"));
+    }
+
+    #[tokio::test]
+    async fn the_form_of_a_credential_decides_how_it_is_checked() {
+        let dir = crate::store::scratch::ScratchDir::new();
+        let auth = Auth::new(Store::open(dir.path()).unwrap(), &config::Auth::default()).await.unwrap();
+        let minted = auth.cap_tokens().for_workspace(&"w".parse().unwrap()).unwrap();
+        assert_eq!(auth.principal(minted.expose()).await.unwrap().workspace().as_str(), "w");
+        let executor = "exe_1".parse().unwrap();
+        let ticket = auth.tickets().mint(&executor);
+        let authorization = auth.harness().mint(&"w".parse().unwrap(), &executor, &"exr_1".parse().unwrap(), &[0; 32]);
+        for credential in [ticket.as_str(), &authorization, "x", &"x".repeat(CREDENTIAL_BYTES_MAX + 1)] {
+            assert!(matches!(auth.principal(credential).await, Err(AuthError::Invalid)));
+        }
+        assert!(auth.harness().admit(minted.expose(), &executor).is_err());
+        assert!(auth.tickets().verify(&authorization, &executor).is_err());
+        assert!(matches!(auth.principal("").await, Err(AuthError::MissingBearer)));
+    }
+
+    #[tokio::test]
+    async fn a_validator_that_cannot_be_asked_is_reported_at_start() {
+        let dir = crate::store::scratch::ScratchDir::new();
+        let config = config::Auth { upstream_url: Some("https://validator".into()), ..config::Auth::default() };
+        let started = Auth::new(Store::open(dir.path()).unwrap(), &config).await;
+        assert!(matches!(started.err(), Some(AuthStartError::Upstream(UpstreamError::Url))));
+    }
+}

@@ -17,6 +17,7 @@ mod table;
 use std::process::ExitCode;
 
 use clap::Parser;
+use exec_gateway::admin::Request;
 use exec_gateway::config::{Config, ConfigFaults, Fault, Resolved};
 
 use args::{Cli, Command, Common, Knobs};
@@ -44,12 +45,16 @@ fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
         Command::Demo { once, codex, knobs } => demo::run(resolve(common, &knobs)?.config, once, codex)?,
         Command::Check { knobs } => return show::check(valid(common, &knobs), common.json),
         Command::Config { knobs } => show::config(&resolve(common, &knobs)?, common.json)?,
-        Command::Token(command) => operate::run(valid(common, &Knobs::default())?, command.into(), common.json)?,
-        Command::Executor(command) => operate::run(valid(common, &Knobs::default())?, command.into(), common.json)?,
-        Command::CapToken(command) => operate::run(valid(common, &Knobs::default())?, command.into(), common.json)?,
-        Command::Revoke(command) => operate::run(valid(common, &Knobs::default())?, command.into(), common.json)?,
+        Command::Token(command) => operate(common, command.into())?,
+        Command::Executor(command) => operate(common, command.into())?,
+        Command::CapToken(command) => operate(common, command.into())?,
+        Command::Revoke(command) => operate(common, command.into())?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn operate(common: &Common, request: Request) -> anyhow::Result<()> {
+    operate::run(valid(common, &Knobs::default())?, request, common.json)
 }
 
 /// The configuration of this command line, fit to start with.
@@ -62,13 +67,17 @@ fn valid(common: &Common, knobs: &Knobs) -> Result<Config, ConfigFaults> {
 fn resolve(common: &Common, knobs: &Knobs) -> Result<Resolved, ConfigFaults> {
     let mut flags = knobs.0.clone();
     flags.extend(common.state_dir.iter().map(|path| ("state_dir".into(), path.clone())));
-    let text = match &common.config {
-        Some(path) => std::fs::read_to_string(path).map_err(|error| {
+    let Some(path) = &common.config else { return Config::resolve(&flags, None, std::env::vars_os()) };
+    match std::fs::read_to_string(path) {
+        Ok(text) => Config::resolve(&flags, Some((path, &text)), std::env::vars_os()),
+        Err(error) => {
             let message = format!("cannot be read: {error}");
-            Fault { place: path.display().to_string(), line: None, message, hint: None }
-        })?,
-        None => String::new(),
-    };
-    let file = common.config.as_deref().map(|path| (path, text.as_str()));
-    Config::resolve(&flags, file, std::env::vars_os())
+            let mut faults = vec![Fault { place: path.display().to_string(), line: None, message, hint: None }];
+            // Flags and variables are wrong with or without the file; of other faults it may be the remedy.
+            let others = Config::resolve(&flags, None, std::env::vars_os()).err().map(|ConfigFaults(faults)| faults);
+            let apart = |fault: &Fault| fault.place.starts_with("--") || fault.place.starts_with("EXEC_GATEWAY_");
+            faults.extend(others.into_iter().flatten().filter(apart));
+            Err(ConfigFaults(faults))
+        }
+    }
 }

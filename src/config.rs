@@ -109,9 +109,9 @@ config! {
     auth: Auth {
         /// Base URL of a service that validates proxy tokens and executor credentials. Empty: the gateway's own tokens only.
         upstream_url: Option<String> = None,
-        /// Shared secret sent to that service as `X-Internal-Secret`.
+        /// Shared secret sent to that service as `X-Internal-Secret`. Better given by file or by systemd.
         upstream_secret: Option<Secret> = None,
-        /// File that holds that secret. With neither: `$CREDENTIALS_DIRECTORY/upstream_secret`, as systemd passes it.
+        /// File that holds `auth.upstream_secret`. With neither given: `$CREDENTIALS_DIRECTORY/upstream_secret`, as systemd passes it.
         upstream_secret_file: Option<PathBuf> = None,
         /// Time for that service to answer, in seconds.
         upstream_timeout_secs: u64 = 5 => 1..=60,

@@ -249,13 +249,15 @@ impl Args for Knobs {
                 none if none == "\"\"" => String::new(),
                 value => format!(" [default: {}]", value.trim_matches(['[', ']', '"']).replace("\", \"", ",")),
             };
-            let heading = knob.section().map_or("Options".into(), |section| format!("Knobs of [{section}]"));
-            Arg::new(knob.name)
+            let arg = Arg::new(knob.name)
                 .long(flag)
                 .value_name(knob.kind.placeholder().into_owned())
                 .help(knob.doc().trim_end_matches('.').to_owned() + &default)
-                .help_heading(heading)
-                .action(if knob.kind.is_list() { ArgAction::Append } else { ArgAction::Set })
+                .action(if knob.kind.is_list() { ArgAction::Append } else { ArgAction::Set });
+            match knob.section() {
+                Some(section) => arg.help_heading(format!("Knobs of [{section}]")),
+                None => arg,
+            }
         }))
     }
 

@@ -75,12 +75,24 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.place)?;
+        write!(f, "{}", Plain(&self.place))?;
         if let Some(line) = self.line {
             write!(f, ":{line}")?;
         }
-        write!(f, ": {}", self.message)?;
+        write!(f, ": {}", Plain(&self.message))?;
         self.hint.as_ref().map_or(Ok(()), |hint| write!(f, " (did you mean {hint}?)"))
+    }
+}
+
+/// Text from outside on one line, without the control characters that could rewrite a terminal.
+struct Plain<'a>(&'a str);
+
+impl fmt::Display for Plain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().try_for_each(|letter| match letter {
+            letter if letter.is_control() => write!(f, "{}", letter.escape_default()),
+            letter => fmt::Write::write_char(f, letter),
+        })
     }
 }
 
@@ -527,6 +539,12 @@ mod tests {
                 ("link.streams_max", None),
             ]
         );
+    }
+
+    #[test]
+    fn a_fault_stays_on_its_line_whatever_stands_in_the_value() {
+        let found = faults(&[("log_level", "a\nb\u{1b}[2J")], "", &[]);
+        assert_eq!(found[0].to_string(), r"--log-level: `a\nb\u{1b}[2J` is none of error, warn, info, debug, trace");
     }
 
     #[test]

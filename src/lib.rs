@@ -1,9 +1,17 @@
-//! The exec-gateway daemon.
+#![doc = include_str!("ARCHITECTURE.md")]
 
 pub mod admin;
+pub mod api;
 pub mod auth;
 pub mod config;
+pub mod edge;
+pub mod gateway;
+pub mod ops;
+pub mod registry;
+pub mod relay;
 pub mod store;
 pub mod time;
+pub mod tools;
+pub mod workspace;
 
 pub use exec_gateway_protocol as protocol;

@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 
 use anyhow::Context;
 use exec_gateway::config::{Config, LogFormat, LogLevel};
+use exec_gateway::gateway::Gateway;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::level_filters::LevelFilter;
@@ -28,14 +29,16 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     })
 }
 
-async fn serve(_config: Config, _shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
-    anyhow::bail!("this build has no gateway")
+async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let gateway = Gateway::start(config).await?;
+    announce_ready(gateway.listen(), gateway.ops());
+    gateway.run_until(shutdown).await;
+    Ok(())
 }
 
 /// Tells whoever started the daemon that it serves, and on which ports. Not a log line: it is the same at any level
 /// and format.
-#[allow(dead_code)]
-pub fn announce_ready(listen: &[SocketAddr], ops: SocketAddr) {
+fn announce_ready(listen: &[SocketAddr], ops: SocketAddr) {
     // Nobody reading is no reason to end: the daemon serves all the same.
     let _ = writeln!(std::io::stderr(), "{}", ready_line(listen, ops));
 }

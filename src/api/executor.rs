@@ -44,7 +44,7 @@ pub enum Door {
     Agentx,
 }
 
-/// Why a held request had no answer when its time was over.
+/// Why a held request has no answer yet.
 enum Held {
     /// The credential could not be checked.
     Auth(ExecutorAuthError),
@@ -57,31 +57,33 @@ enum Held {
 /// A request that the executor waits for.
 struct Hold {
     until: Instant,
+    last: Held,
 }
 
 impl Hold {
     fn new(api: &Api) -> Self {
-        Self { until: Instant::now() + Duration::from_secs(api.config.link.register_hold_secs) }
+        Self {
+            until: Instant::now() + Duration::from_secs(api.config.link.register_hold_secs),
+            last: Held::Store(StoreError::Unavailable("no answer in time".into())),
+        }
     }
 
-    /// Tries until it works, the failure is final, or the time is over.
-    async fn attempt<T>(&self, mut attempt: impl AsyncFnMut() -> Result<T, Attempt>) -> Result<T, Refusal> {
-        let mut last = None;
-        loop {
-            match timeout_at(self.until, attempt()).await {
-                Ok(Ok(value)) => return Ok(value),
-                Ok(Err(Attempt::Final(error))) => return Err(Refusal::Final(error)),
-                Ok(Err(Attempt::Again(held))) => last = Some(held),
-                Err(_) => {
-                    let silent = StoreError::Unavailable("no answer in time".into());
-                    return Err(Refusal::Held(last.unwrap_or(Held::Store(silent))));
-                }
-            }
-            if Instant::now() + RETRY_PAUSE >= self.until {
-                return Err(Refusal::Held(last.expect("set by the try above")));
-            }
-            sleep(RETRY_PAUSE).await;
+    /// Makes one try: a value when it worked, `None` when it is worth another one.
+    ///
+    /// # Errors
+    /// The failure is final, or the time is over.
+    async fn attempt<T>(&mut self, attempt: impl Future<Output = Result<T, Attempt>>) -> Result<Option<T>, ApiError> {
+        match timeout_at(self.until, attempt).await {
+            Ok(Ok(value)) => return Ok(Some(value)),
+            Ok(Err(Attempt::Final(error))) => return Err(error),
+            Ok(Err(Attempt::Again(held))) => self.last = held,
+            Err(_) => return Err(self.last.as_error()),
         }
+        if Instant::now() + RETRY_PAUSE >= self.until {
+            return Err(self.last.as_error());
+        }
+        sleep(RETRY_PAUSE).await;
+        Ok(None)
     }
 }
 
@@ -97,27 +99,18 @@ impl From<StoreError> for Attempt {
     }
 }
 
-/// How all tries ended.
-enum Refusal {
-    Held(Held),
-    Final(ApiError),
-}
-
-impl Refusal {
+impl Held {
     /// The two answers after which an encrypted executor waits and comes again by itself.
-    fn into_error(self) -> ApiError {
+    fn as_error(&self) -> ApiError {
         match self {
-            Self::Final(error) => error,
-            Self::Held(Held::Auth(error)) => {
+            Self::Auth(error) => {
                 ApiError::new(502, "authentication_service_unavailable", "credentials cannot be checked at the moment")
-                    .caused_by(&error)
+                    .caused_by(error)
             }
-            Self::Held(Held::Store(error)) => {
-                ApiError::new(503, "registration_conflict", "the gateway's store does not answer")
-                    .retry_after(2)
-                    .caused_by(&error)
-            }
-            Self::Held(Held::Occupied) => {
+            Self::Store(error) => ApiError::new(503, "registration_conflict", "the gateway's store does not answer")
+                .retry_after(2)
+                .caused_by(error),
+            Self::Occupied => {
                 ApiError::new(503, "registration_conflict", "another process of this executor is connected")
                     .retry_after(5)
             }
@@ -132,8 +125,7 @@ pub async fn register(
     id: &str,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
-    let hold = Hold::new(api);
-    let result = register_held(api, door, id, request, &hold).await;
+    let result = register_held(api, door, id, request, Hold::new(api)).await;
     let outcome = match &result {
         Ok(_) => "ok",
         Err(error) => error.code(),
@@ -147,7 +139,7 @@ async fn register_held(
     door: Door,
     id: &str,
     request: Request<Incoming>,
-    hold: &Hold,
+    mut hold: Hold,
 ) -> Result<Response<Body>, ApiError> {
     let executor = ExecutorId::new(id).map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
     let (head, body) = request.into_parts();
@@ -157,39 +149,44 @@ async fn register_held(
         Door::Agentx => Wanted { transport: Transport::Agentx, public_key: Vec::new() },
         Door::Codex => Wanted::parse(&body)?,
     };
-    let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
-    let registered = hold
-        .attempt(async || {
-            let credential = verify(api, &executor, &head.headers).await?;
-            let store = &api.corridor.store;
-            // The same key is the same process, which registers again after a refused dial.
-            let known = match wanted.transport {
-                Transport::Noise => store.registration_by_key(&executor, &wanted.public_key).await?,
-                Transport::Relay | Transport::Direct | Transport::Agentx => None,
-            };
-            let known = known.map(|registration| registration.id);
-            if !api.corridor.registry.yields_to(&executor, known.as_ref(), takeover_wait).await {
-                return Err(match wanted.transport {
-                    Transport::Noise => Attempt::Final(Refusal::Held(Held::Occupied).into_error()),
-                    // These cannot be told to wait.
-                    Transport::Relay | Transport::Direct | Transport::Agentx => Attempt::Again(Held::Occupied),
-                });
-            }
-            let registration = Registration {
-                id: known.unwrap_or_else(new_registration_id),
-                executor: executor.clone(),
-                transport: wanted.transport,
-                public_key: wanted.public_key.clone(),
-                credential: credential.digest(),
-                created_at: SystemTime::now(),
-            };
-            store.save_registration(registration.clone(), api.config.link.registrations_max).await?;
-            Ok(registration)
-        })
-        .await
-        .map_err(Refusal::into_error)?;
+    let registered = loop {
+        let attempt = store_registration(api, &executor, &wanted, &head.headers);
+        if let Some(registered) = hold.attempt(attempt).await? {
+            break registered;
+        }
+    };
     tracing::info!(%executor, registration = %registered.id, transport = ?registered.transport, "executor registered");
     Ok(json(&answer(api, door, &registered, &head.headers)))
+}
+
+/// One try to register: nothing is answered before it is stored, so that a restarted gateway serves the same URL.
+async fn store_registration(
+    api: &Api,
+    executor: &ExecutorId,
+    wanted: &Wanted,
+    headers: &HeaderMap,
+) -> Result<Registration, Attempt> {
+    let credential = verify(api, executor, headers).await?;
+    let store = &api.corridor.store;
+    let encrypted = wanted.transport == Transport::Noise;
+    // The same key is the same process, which registers again after a refused dial.
+    let known = if encrypted { store.registration_by_key(executor, &wanted.public_key).await? } else { None };
+    let known = known.map(|registration| registration.id);
+    let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
+    if !api.corridor.registry.yields_to(executor, known.as_ref(), takeover_wait).await {
+        // Only an encrypted executor can be told to wait.
+        return Err(if encrypted { Attempt::Final(Held::Occupied.as_error()) } else { Attempt::Again(Held::Occupied) });
+    }
+    let registration = Registration {
+        id: known.unwrap_or_else(new_registration_id),
+        executor: executor.clone(),
+        transport: wanted.transport,
+        public_key: wanted.public_key.clone(),
+        credential: credential.digest(),
+        created_at: SystemTime::now(),
+    };
+    store.save_registration(registration.clone(), api.config.link.registrations_max).await?;
+    Ok(registration)
 }
 
 /// What a register asks for.
@@ -227,7 +224,7 @@ fn new_registration_id() -> RegistrationId {
 
 async fn verify(api: &Api, executor: &ExecutorId, headers: &HeaderMap) -> Result<ExecutorCredential, Attempt> {
     api.corridor.auth.executors().verify(executor, headers).await.map_err(|error| match error {
-        ExecutorAuthError::Unauthorized => Attempt::Final(ApiError::new(401, "unauthorized", "unauthorized")),
+        ExecutorAuthError::Unauthorized => Attempt::Final(unauthorized()),
         ExecutorAuthError::NotRegistered => Attempt::Final(ApiError::new(
             403,
             "executor_not_registered",
@@ -285,40 +282,51 @@ fn is_host(host: &str) -> bool {
 /// `POST …/validate`: may this harness key talk to this executor? Never asks upstream: the bearer is compared with the
 /// one that registered.
 pub async fn validate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let hold = Hold::new(api);
+    let mut hold = Hold::new(api);
     let (head, body) = request.into_parts();
     let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.edge.header_timeout_secs)).await?;
     let request: ValidateRequest = serde_json::from_slice(&body)
         .map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
-    // 401 is about the executor's credential, a harness that may not is `valid: false`.
-    let unauthorized = || ApiError::new(401, "unauthorized", "unauthorized");
     let shown = ExecutorCredential::shown(&head.headers).map_err(|_| unauthorized())?;
     let (Ok(executor), Ok(registration)) =
         (ExecutorId::new(id), RegistrationId::new(&request.executor_registration_id))
     else {
         return Ok(json(&ValidateResponse { valid: false }));
     };
-    let valid = hold
-        .attempt(async || {
-            let store = &api.corridor.store;
-            let Some(stored) = store.registration(&registration).await? else { return Ok(false) };
-            if stored.executor != executor {
-                return Ok(false);
-            }
-            if !shown.is(&stored.credential) {
-                return Err(Attempt::Final(unauthorized()));
-            }
-            let Ok(key) = request.harness_public_key.decode() else { return Ok(false) };
-            let harnesses = api.corridor.auth.harnesses();
-            let authorization = &request.harness_key_authorization;
-            let Ok(workspace) = harnesses.verify(authorization, &executor, &registration, key.digest()) else {
-                return Ok(false);
-            };
-            Ok(store.binding(&workspace, &executor).await?.is_some())
-        })
-        .await
-        .map_err(Refusal::into_error)?;
+    let valid = loop {
+        let attempt = is_valid(api, &shown, &executor, &registration, &request);
+        if let Some(valid) = hold.attempt(attempt).await? {
+            break valid;
+        }
+    };
     Ok(json(&ValidateResponse { valid }))
+}
+
+/// 401 is about the executor's credential; a harness that may not is `false`.
+async fn is_valid(
+    api: &Api,
+    shown: &ExecutorCredential,
+    executor: &ExecutorId,
+    registration: &RegistrationId,
+    request: &ValidateRequest,
+) -> Result<bool, Attempt> {
+    let store = &api.corridor.store;
+    let Some(stored) = store.registration(registration).await? else { return Ok(false) };
+    if stored.executor != *executor {
+        return Ok(false);
+    }
+    if !shown.is(&stored.credential) {
+        return Err(Attempt::Final(unauthorized()));
+    }
+    let Ok(key) = request.harness_public_key.decode() else { return Ok(false) };
+    let harness = api.corridor.auth.harness();
+    let claimed = harness.verify(&request.harness_key_authorization, executor, registration, &key.digest());
+    let Ok(workspace) = claimed else { return Ok(false) };
+    Ok(store.binding(&workspace, executor).await?.is_some())
+}
+
+fn unauthorized() -> ApiError {
+    ApiError::new(401, "unauthorized", "unauthorized")
 }
 
 /// `GET /bridge/{id}` with a ticket: the executor's socket.
@@ -345,12 +353,14 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     })?;
     let registration = registration.and_then(|id| RegistrationId::new(&id).ok()).ok_or_else(unknown)?;
     // The executor waits 10 s for the upgrade, as for a register.
-    let registration = Hold::new(api)
-        .attempt(async || Ok(api.corridor.store.registration(&registration).await?))
-        .await
-        .map_err(Refusal::into_error)?
-        .filter(|stored| stored.executor == executor)
-        .ok_or_else(unknown)?;
+    let mut hold = Hold::new(api);
+    let stored = loop {
+        let attempt = async { Ok(api.corridor.store.registration(&registration).await?) };
+        if let Some(stored) = hold.attempt(attempt).await? {
+            break stored;
+        }
+    };
+    let registration = stored.filter(|stored| stored.executor == executor).ok_or_else(unknown)?;
     if registration.transport != Transport::Noise {
         let message = "only encrypted executors are served yet";
         return Err(ApiError::new(503, "unsupported_transport", message).retry_after(30));
@@ -358,7 +368,7 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
     if !api.corridor.registry.yields_to(&executor, Some(&registration.id), takeover_wait).await {
         // 5xx: it dials the same URL again (codex-exec-server.md §2.5).
-        return Err(Refusal::Held(Held::Occupied).into_error());
+        return Err(Held::Occupied.as_error());
     }
     let link = &api.corridor.link;
     let limits = SocketLimits { read_buffer_bytes: link.read_buffer_bytes, message_bytes_max: link.frame_bytes_max };

@@ -33,6 +33,8 @@ pub struct Api {
     pub corridor: Arc<Corridor>,
     /// Tenants in memory.
     pub workspaces: Workspaces,
+    /// Bounds and times of tool calls.
+    pub tools: Arc<crate::config::Tools>,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// Tasks that own an executor's socket.
@@ -47,6 +49,7 @@ impl Api {
     pub fn new(config: Config, corridor: Arc<Corridor>, metrics: Arc<Metrics>) -> Self {
         Self {
             workspaces: Workspaces::new(corridor.clone()),
+            tools: Arc::new(config.tools.clone()),
             config,
             corridor,
             metrics,
@@ -133,7 +136,8 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
     let (body, content_type) = match envelope {
         Envelope::Json => {
-            let body = ErrorBody::new(error.code(), error.message(), error.ran());
+            let mut body = ErrorBody::new(error.code(), error.message());
+            body.error.ran = error.ran();
             (full(json_line(&body)), "application/json")
         }
         Envelope::Text => (full(format!("{}\n", error.message())), "text/plain; charset=utf-8"),

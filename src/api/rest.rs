@@ -39,7 +39,7 @@ pub async fn list_environments(api: &Arc<Api>, request: Request<Incoming>) -> Re
         let since = api.corridor.registry.connected_since(binding)?;
         Some(Env {
             name: binding.name().to_string(),
-            kind: "executor".to_owned(),
+            kind: "executor".into(),
             is_default: binding.is_default(),
             tools: tools.clone(),
             last_seen: Some(rfc3339(since)),
@@ -92,7 +92,7 @@ async fn run(
     let started = Instant::now();
     let result = async {
         let binding = workspace.environment(&environment).await?;
-        let call = Call { workspace, binding, settings: &api.config.tools, started, arguments: call.arguments };
+        let call = Call { workspace, binding, settings: api.tools.clone(), started, arguments: call.arguments };
         Ok::<_, ApiError>(tool.call(call).await?)
     }
     .await;
@@ -136,7 +136,7 @@ fn late_failure(error: &ApiError) -> ToolResult {
     if let Some(ran) = error.ran() {
         structured["ran"] = serde_json::json!(ran);
     }
-    ToolResult::failed(error.message(), Some(structured))
+    ToolResult { structured_content: Some(structured), ..ToolResult::error(error.message()) }
 }
 
 fn parse(body: &[u8]) -> Result<ToolCall, ApiError> {

@@ -116,15 +116,24 @@ where
                 }
             })
         };
+        // One accepted while the gateway drains is answered once: a register refused now would end its executor.
+        let draining = self.drain.is_cancelled();
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(None)
+            .keep_alive(!draining)
             .max_buf_size(self.settings.header_bytes_max)
             .serve_connection(TokioIo::new(stream), service)
             .with_upgrades();
         let mut connection = pin!(connection);
         let mut idle = pin!(activity.expired());
-        let mut draining = false;
+        let mut draining = draining;
+        let drained = async {
+            self.drain.cancelled().await;
+            // Likewise one that has been opened and has not yet said what it wants.
+            activity.begun.cancelled().await;
+        };
+        let mut drained = pin!(drained);
         loop {
             tokio::select! {
                 ended = connection.as_mut() => {
@@ -133,7 +142,7 @@ where
                     }
                     return;
                 }
-                () = self.drain.cancelled(), if !draining => {
+                () = drained.as_mut(), if !draining => {
                     draining = true;
                     connection.as_mut().graceful_shutdown();
                 }
@@ -154,12 +163,13 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 /// When one connection was last of use: requests under way keep it, silence ends it.
 struct Activity {
     requests: AtomicUsize,
+    begun: CancellationToken,
     deadline: watch::Sender<Instant>,
 }
 
 impl Activity {
     fn new(first_request: Duration) -> Self {
-        Self { requests: AtomicUsize::new(0), deadline: watch::Sender::new(Instant::now() + first_request) }
+        Self { requests: AtomicUsize::new(0), begun: CancellationToken::new(), deadline: watch::Sender::new(Instant::now() + first_request) }
     }
 
     async fn expired(&self) {
@@ -186,6 +196,7 @@ struct Busy(Arc<Activity>);
 impl Busy {
     fn new(activity: Arc<Activity>) -> Self {
         activity.requests.fetch_add(1, Ordering::AcqRel);
+        activity.begun.cancel();
         Self(activity)
     }
 }

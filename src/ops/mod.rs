@@ -1,3 +1,4 @@
 //! What operators look at: metrics and health, on a listener of their own.
 
+pub mod health;
 pub mod metrics;

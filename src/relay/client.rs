@@ -98,6 +98,7 @@ struct Shared {
     in_flight: Arc<Semaphore>,
     file_handles: Arc<Semaphore>,
     answer_timeout: Duration,
+    stop: CancellationToken,
     ended: CancellationToken,
 }
 
@@ -176,6 +177,7 @@ impl Client {
             in_flight: Arc::new(Semaphore::new(settings.requests_in_flight_max)),
             file_handles: Arc::new(Semaphore::new(FILE_HANDLES_MAX)),
             answer_timeout: Duration::from_secs(settings.answer_timeout_secs),
+            stop: CancellationToken::new(),
             ended: CancellationToken::new(),
         });
         tokio::spawn(run(stream, channel, messages, shared.clone(), settings.message_bytes_max));
@@ -200,6 +202,11 @@ impl Client {
     /// Returns when the conversation is over.
     pub async fn ended(&self) {
         self.shared.ended.cancelled().await;
+    }
+
+    /// Ends the conversation and all calls on it, since the right to it was taken away.
+    pub fn close(&self) {
+        self.shared.stop.cancel();
     }
 
     /// Calls one method and waits for its result. Dropping the future forgets the call; the executor may still carry
@@ -270,6 +277,12 @@ impl Shared {
 
     fn processes(&self) -> MutexGuard<'_, HashMap<String, ProcessHandler>> {
         self.processes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn mark_sent(&self, id: i64) {
+        if let Some(waiting) = self.calls().waiting.get_mut(&id) {
+            waiting.sent = true;
+        }
     }
 
     fn take_in(&self, message: &[u8]) -> Result<(), RpcParseError> {
@@ -374,8 +387,8 @@ async fn run(
     let writes = async {
         let mut endpoint = Endpoint::new(EndpointLimits::default());
         while let Some(message) = messages.recv().await {
-            if let Some(waiting) = message.id.and_then(|id| shared.calls().waiting.get_mut(&id)) {
-                waiting.sent = true;
+            if let Some(id) = message.id {
+                shared.mark_sent(id);
             }
             let mut plain = BytesMut::with_capacity(4 + message.json.len());
             write_message(&mut plain, &message.json);
@@ -391,6 +404,7 @@ async fn run(
     let end: Result<(), End> = tokio::select! {
         end = reads => end,
         end = writes => end,
+        () = shared.stop.cancelled() => Err(End::Unused),
     };
     match end {
         Ok(()) | Err(End::Unused | End::Stream(_)) => tracing::debug!(stream = %stream_id, "conversation ended"),

@@ -18,12 +18,9 @@ use sha2::Digest;
 
 use crate::protocol::frame::StreamId;
 use crate::protocol::ids::{ExecutorId, RegistrationId};
-use crate::protocol::rest::HarnessKey;
 
 type Handshake = HybridHandshake<X25519, MlKem768, MlKem768, AesGcm, Sha256>;
 
-/// What an encrypted register and answer call this profile.
-pub const SECURITY_PROFILE: &str = "noise_hybrid_ik_v1";
 /// Bytes of an X25519 public key followed by an ML-KEM-768 public key.
 pub const PUBLIC_KEY_BYTES: usize = X25519_BYTES + MLKEM_BYTES;
 /// What a record grows by when it is sealed.
@@ -44,14 +41,14 @@ pub enum NoiseError {
     #[error("the executor's public key has {0} bytes instead of {PUBLIC_KEY_BYTES}")]
     PublicKey(usize),
     /// The peer's message does not authenticate.
-    #[error("the encrypted handshake failed")]
-    Handshake(#[source] clatter::error::HandshakeError),
+    #[error("the encrypted handshake failed: {0}")]
+    Handshake(clatter::error::HandshakeError),
     /// The executor was refused when it asked whether to trust us.
     #[error("the executor's credential was refused while it validated the handshake")]
     CredentialRejected,
     /// A record was altered, repeated or reordered.
-    #[error("a record does not decrypt")]
-    Record(#[source] clatter::error::TransportError),
+    #[error("a record does not decrypt: {0}")]
+    Record(clatter::error::TransportError),
     /// No key pair could be made.
     #[error("no key pair could be made: {0}")]
     Keys(String),
@@ -89,11 +86,6 @@ impl GatewayIdentity {
     pub fn key_digest(&self) -> [u8; 32] {
         self.key_digest
     }
-}
-
-/// SHA-256 of a harness key as it came over the wire, equal to [`GatewayIdentity::key_digest`] of its owner.
-pub fn key_digest(key: &HarnessKey) -> Option<[u8; 32]> {
-    Some(sha2::Sha256::digest(key.to_bytes().ok()?).into())
 }
 
 /// What both ends hash into the handshake besides their keys.

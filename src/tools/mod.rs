@@ -35,13 +35,13 @@ pub enum Tool {
 }
 
 /// One call of a tool, ready to run.
-pub struct Call<'a> {
+pub struct Call {
     /// Who calls.
     pub workspace: Arc<Workspace>,
     /// Where it runs.
     pub binding: Binding,
     /// Bounds and times.
-    pub settings: &'a config::Tools,
+    pub settings: Arc<config::Tools>,
     /// When the call arrived: its timeout counts from here.
     pub started: Instant,
     /// As the caller wrote them.
@@ -133,7 +133,7 @@ impl Tool {
     ///
     /// # Errors
     /// [`ToolError`].
-    pub async fn call(self, call: Call<'_>) -> Result<ToolResult, ToolError> {
+    pub async fn call(self, call: Call) -> Result<ToolResult, ToolError> {
         match self {
             Self::Shell => shell::call(call).await,
             Self::ReadFile => read_file::call(call).await,
@@ -142,7 +142,7 @@ impl Tool {
     }
 }
 
-impl Call<'_> {
+impl Call {
     /// The arguments as the tool's own type.
     fn arguments<T: DeserializeOwned>(&mut self) -> Result<T, ToolError> {
         let arguments = match self.arguments.take() {

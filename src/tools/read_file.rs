@@ -2,7 +2,8 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::TryStreamExt;
+use futures_util::stream::FuturesOrdered;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::json;
@@ -29,7 +30,7 @@ pub(super) struct Arguments {
     limit: Option<u64>,
 }
 
-pub(super) async fn call(mut call: Call<'_>) -> Result<ToolResult, ToolError> {
+pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
     let Arguments { path, offset, limit } = call.arguments()?;
     let deadline = call.deadline(None)?;
     let reading = async {
@@ -75,14 +76,18 @@ pub(super) async fn call(mut call: Call<'_>) -> Result<ToolResult, ToolError> {
 
 /// Reads `offset..end`, or to the end of the file if that comes first.
 async fn read(file: &OpenFile, offset: u64, end: u64) -> Result<Vec<u8>, CallError> {
-    let starts = (offset..end).step_by(BLOCK_BYTES_MAX);
-    let mut blocks = stream::iter(starts).map(|at| file.read(at, end - at)).buffered(BLOCKS_AHEAD);
+    let mut at = offset;
+    let mut blocks = FuturesOrdered::new();
     let mut bytes = Vec::new();
-    while let Some(block) = blocks.try_next().await? {
+    loop {
+        while at < end && blocks.len() < BLOCKS_AHEAD {
+            blocks.push_back(file.read(at, end - at));
+            at = at.saturating_add(BLOCK_BYTES_MAX as u64);
+        }
+        let Some(block) = blocks.try_next().await? else { return Ok(bytes) };
         bytes.extend_from_slice(&block.chunk.0);
         if block.eof {
-            break;
+            return Ok(bytes);
         }
     }
-    Ok(bytes)
 }

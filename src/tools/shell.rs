@@ -129,7 +129,7 @@ fn check_env(env: &BTreeMap<String, String>) -> Result<(), ToolError> {
     Ok(())
 }
 
-pub(super) async fn call(mut call: Call<'_>) -> Result<ToolResult, ToolError> {
+pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
     let Arguments { command, cwd, env, timeout_ms } = call.arguments()?;
     let env = env.unwrap_or_default();
     check_env(&env)?;
@@ -144,7 +144,7 @@ pub(super) async fn call(mut call: Call<'_>) -> Result<ToolResult, ToolError> {
         tty: false,
         pipe_stdin: false,
         arg0: None,
-        env_policy: Some(env_policy(call.settings)),
+        env_policy: Some(env_policy(&call.settings)),
         sandbox: None,
     };
     run(&client, start, deadline, call.started, call.settings.output_bytes_max).await

@@ -29,7 +29,7 @@ pub(super) struct Arguments {
     create_parents: bool,
 }
 
-pub(super) async fn call(mut call: Call<'_>) -> Result<ToolResult, ToolError> {
+pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
     let Arguments { path, content_b64, create_parents } = call.arguments()?;
     let deadline = call.deadline(None)?;
     let content = STANDARD

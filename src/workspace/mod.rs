@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::auth::cap_token::CapTokenError;
+use crate::auth::cap_token::CapTokenRefused;
 use crate::auth::{Auth, Principal};
 use crate::config;
 use crate::protocol::ids::WorkspaceId;
@@ -64,7 +64,7 @@ pub enum ReachError {
     },
     /// The workspace's own right to open streams was refused.
     #[error("the workspace may not open streams")]
-    Refused(#[source] CapTokenError),
+    Refused(#[source] CapTokenRefused),
     /// The store does not answer.
     #[error("the environments of the workspace cannot be read")]
     Store(#[source] Arc<StoreError>),
@@ -152,7 +152,8 @@ impl Workspace {
     /// [`ReachError::Refused`].
     pub fn own_right(&self) -> Result<Principal, ReachError> {
         let cap_tokens = self.corridor.auth.cap_tokens();
-        cap_tokens.verify(cap_tokens.for_workspace(&self.id).expose()).map_err(ReachError::Refused)
+        let token = cap_tokens.for_workspace(&self.id).map_err(ReachError::Refused)?;
+        cap_tokens.verify(token.expose()).map_err(ReachError::Refused)
     }
 
     /// Opens a stream to a bound executor: the only way from a caller to an executor, so rights and bounds are
@@ -162,7 +163,7 @@ impl Workspace {
     /// [`ReachError`]; nothing has reached the executor then.
     pub async fn open_stream(&self, right: &Principal, binding: &Binding) -> Result<StreamHandle, ReachError> {
         if right.workspace() != &self.id || binding.workspace() != &self.id {
-            return Err(ReachError::Refused(CapTokenError::Revoked));
+            return Err(ReachError::Refused(CapTokenRefused::Revoked));
         }
         let link = &self.corridor.link;
         let found = self.corridor.registry.link_soon(

@@ -61,9 +61,24 @@ impl Pool {
         }
     }
 
-    /// Drops the clients of an executor that this workspace may no longer reach; their calls end.
-    pub fn drop_executor(&self, executor: &ExecutorId) {
-        self.dials.lock().unwrap_or_else(PoisonError::into_inner).retain(|(of, _), _| of != executor);
+    /// Ends the clients of an executor that this workspace may no longer reach, with the calls on them.
+    pub fn close_executor(&self, executor: &ExecutorId) {
+        self.close_where(|of| of == executor);
+    }
+
+    /// Ends all clients, with the calls on them.
+    pub fn close_all(&self) {
+        self.close_where(|_| true);
+    }
+
+    fn close_where(&self, wanted: impl Fn(&ExecutorId) -> bool) {
+        self.dials.lock().unwrap_or_else(PoisonError::into_inner).retain(|(executor, _), dial| {
+            let close = wanted(executor);
+            if close && let Some(Ok(client)) = dial.peek() {
+                client.close();
+            }
+            !close
+        });
     }
 }
 
@@ -71,11 +86,11 @@ async fn open(workspace: Arc<Workspace>, binding: Binding) -> Result<Client, Arc
     let right = workspace.own_right().map_err(Arc::new)?;
     let stream = workspace.open_stream(&right, &binding).await.map_err(Arc::new)?;
     let corridor = workspace.corridor();
-    let authorization = corridor.auth.harnesses().mint(
+    let authorization = corridor.auth.harness().mint(
         workspace.id(),
         binding.executor(),
         &stream.link().registration().id,
-        corridor.identity.key_digest(),
+        &corridor.identity.key_digest(),
     );
     Client::connect(stream, &corridor.identity, &authorization).await.map_err(|error| {
         tracing::warn!(executor = %binding.executor(), %error, "no conversation with the executor");

@@ -1,0 +1,366 @@
+//! One gateway: what exists, how it starts and how it stops. The one file that knows all parts.
+//!
+//! ```text
+//! start ─► serving ─► draining ─► closing ─► stopped
+//!           │          │           └ links close, then the listeners, then the store, the ops listener last
+//!           │          └ new calls get 503, those under way go on for `drain.grace_secs`
+//!           └ until the future given to `run_until` is ready
+//! ```
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use hyper::Request;
+use hyper::body::Incoming;
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::admin::{Admin, AdminSettings, Change, bind_admin, serve_admin};
+use crate::api::Api;
+use crate::auth::{Auth, AuthStartError};
+use crate::config::{Config, NoStateDir};
+use crate::edge::listener::Listener;
+use crate::ops::health::Health;
+use crate::ops::metrics::{Metrics, Reading, Readings, Value};
+use crate::protocol::ids::ExecutorId;
+use crate::registry::Registry;
+use crate::relay::link::CloseReason;
+use crate::relay::noise::{GatewayIdentity, NoiseError};
+use crate::store::{RevocationScope, StateLock, Store, StoreError};
+use crate::workspace::Corridor;
+
+/// Connections the kernel holds until they are accepted: many executors come back at once after a restart.
+const BACKLOG: u32 = 4096;
+
+/// How long a start waits for an operator's command that holds the state directory for a moment.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
+
+/// Interval in which idle workspaces are dropped and connected executors recorded.
+const SWEEP_EVERY: Duration = Duration::from_secs(10);
+
+/// How long links may take to say farewell.
+const LINKS_CLOSE: Duration = Duration::from_secs(5);
+
+/// Why a gateway does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No state directory can be derived.
+    #[error(transparent)]
+    StateDir(#[from] NoStateDir),
+    /// The store cannot be used; another gateway may be running on it.
+    #[error("state directory {}: {source}", .path.display())]
+    Store {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: StoreError,
+    },
+    /// Keys or the upstream validator cannot be used.
+    #[error(transparent)]
+    Auth(#[from] AuthStartError),
+    /// No keys for encrypted streams.
+    #[error(transparent)]
+    Noise(#[from] NoiseError),
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// A running gateway. Dropping it without [`Gateway::run_until`] ends its tasks without a farewell.
+pub struct Gateway {
+    api: Arc<Api>,
+    health: Arc<Health>,
+    admin: Arc<Admin>,
+    listen: Vec<SocketAddr>,
+    ops: SocketAddr,
+    connections: TaskTracker,
+    drain: CancellationToken,
+    accepting: CancellationToken,
+    background: CancellationToken,
+    acceptors: TaskTracker,
+    ops_accepting: CancellationToken,
+    ops_acceptors: TaskTracker,
+    _lock: StateLock,
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        self.accepting.cancel();
+        self.ops_accepting.cancel();
+        self.background.cancel();
+        self.drain.cancel();
+        self.api.corridor.registry.close_all(CloseReason::Draining);
+    }
+}
+
+impl Gateway {
+    /// Opens the state, binds the listeners and serves.
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing is left behind but the state directory.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let state_dir = config.state_dir()?;
+        let of_store = |source| StartError::Store { path: state_dir.clone(), source };
+        let lock = lock(&state_dir).await.map_err(of_store)?;
+        let store = Store::open(&state_dir).map_err(of_store)?;
+        let auth = Auth::new(store.clone(), &config.auth).await?;
+        let registry = Arc::new(Registry::default());
+        remember_executors(&store, &registry, config.link.executor_seen_secs).await.map_err(of_store)?;
+        let corridor = Arc::new(Corridor {
+            store: store.clone(),
+            auth,
+            registry,
+            identity: GatewayIdentity::generate()?,
+            link: Arc::new(config.link.clone()),
+            settings: config.workspace.clone(),
+        });
+        let metrics = Arc::new(Metrics::default());
+        let api = Arc::new(Api::new(config.clone(), corridor, metrics.clone()));
+
+        let mut sockets = Vec::new();
+        for address in &config.listen {
+            sockets.push(bind(*address)?);
+        }
+        let ops_socket = bind(config.ops_listen)?;
+        let listen: Vec<SocketAddr> = sockets.iter().filter_map(|socket| socket.local_addr().ok()).collect();
+        let ops = ops_socket.local_addr().unwrap_or(config.ops_listen);
+        let admin_settings = AdminSettings {
+            public_url: config.public_url.clone(),
+            listen: listen.first().copied().unwrap_or(config.ops_listen),
+            revocations_max: config.auth.revocations_max,
+        };
+        let observed = api.clone();
+        let admin = Arc::new(Admin::new(store.clone(), admin_settings).observed_by(move |change| apply(&observed, change)));
+        let admin_socket = bind_admin(&state_dir, &lock).map_err(|source| StartError::Listen {
+            address: crate::admin::socket_in(&state_dir).display().to_string(),
+            source,
+        })?;
+        let health = Arc::new(Health {
+            store,
+            registry: metrics.registry(readings(&api)),
+            serving: AtomicBool::new(true),
+        });
+
+        let dead_after = Duration::from_secs(config.link.dead_secs);
+        let service = {
+            let api = api.clone();
+            move |request: Request<Incoming>| api.clone().answer(request)
+        };
+        let listener = Listener::new(config.edge.clone(), dead_after, service);
+        let (accepting, acceptors) = (CancellationToken::new(), TaskTracker::new());
+        for socket in sockets {
+            acceptors.spawn(listener.clone().accept(socket, accepting.clone()));
+        }
+        let ops_listener = {
+            let health = health.clone();
+            let service = move |request: Request<Incoming>| health.clone().answer(request);
+            Listener::new(config.edge.clone(), dead_after, service)
+        };
+        let (ops_accepting, ops_acceptors) = (CancellationToken::new(), TaskTracker::new());
+        ops_acceptors.spawn(ops_listener.accept(ops_socket, ops_accepting.clone()));
+
+        let background = CancellationToken::new();
+        tokio::spawn(serve_admin(admin_socket, admin.clone(), background.clone()));
+        tokio::spawn(sweep(api.clone(), background.clone()));
+        Ok(Self {
+            connections: listener.connections.clone(),
+            drain: listener.drain.clone(),
+            api,
+            health,
+            admin,
+            listen,
+            ops,
+            accepting,
+            background,
+            acceptors,
+            ops_accepting,
+            ops_acceptors,
+            _lock: lock,
+        })
+    }
+
+    /// Addresses of the API, with real ports.
+    pub fn listen(&self) -> &[SocketAddr] {
+        &self.listen
+    }
+
+    /// Address of the operators' listener, with its real port.
+    pub fn ops(&self) -> SocketAddr {
+        self.ops
+    }
+
+    /// The doors and all behind them.
+    pub fn api(&self) -> &Arc<Api> {
+        &self.api
+    }
+
+    /// Operator commands, as the admin socket carries them out.
+    pub fn admin(&self) -> &Arc<Admin> {
+        &self.admin
+    }
+
+    /// Serves until `stop` is ready, then drains: callers stop before what they depend on.
+    pub async fn run_until(self, stop: impl Future<Output = ()>) {
+        stop.await;
+        let drain = self.api.config.drain.clone();
+        self.health.serving.store(false, Ordering::Relaxed);
+        tracing::info!("draining");
+        sleep(Duration::from_secs(drain.announce_secs)).await;
+
+        self.api.draining.store(true, Ordering::Relaxed);
+        self.drain.cancel();
+        self.connections.close();
+        if timeout(Duration::from_secs(drain.grace_secs), self.connections.wait()).await.is_err() {
+            tracing::warn!(connections = self.connections.len(), "calls outlived the grace and are cut");
+        }
+
+        // A call after the restart waits for an executor only if it was seen lately.
+        let registry = &self.api.corridor.registry;
+        record_connected(&self.api).await;
+        registry.close_all(CloseReason::Draining);
+        self.api.links.close();
+        if timeout(LINKS_CLOSE, self.api.links.wait()).await.is_err() {
+            tracing::warn!(links = self.api.links.len(), "links did not close in time");
+        }
+
+        // After the links: an executor whose register meets a closed port exits.
+        self.accepting.cancel();
+        self.acceptors.close();
+        self.acceptors.wait().await;
+        self.background.cancel();
+        if self.api.corridor.store.health().await.is_err() {
+            tracing::error!("the store did not confirm its last writes");
+        }
+        self.ops_accepting.cancel();
+        self.ops_acceptors.close();
+        self.ops_acceptors.wait().await;
+        tracing::info!("stopped");
+    }
+}
+
+async fn lock(state_dir: &std::path::Path) -> Result<StateLock, StoreError> {
+    let until = Instant::now() + LOCK_WAIT;
+    loop {
+        match StateLock::acquire(state_dir) {
+            Err(StoreError::Conflict(_)) if Instant::now() < until => sleep(Duration::from_millis(50)).await,
+            result => return result,
+        }
+    }
+}
+
+fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
+    let listen = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // The port of a gateway that was killed a moment ago is free again.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    listen().map_err(|source| StartError::Listen { address: address.to_string(), source })
+}
+
+/// Executors that were connected to the gateway before this one are on their way back.
+async fn remember_executors(store: &Store, registry: &Registry, seen_secs: u64) -> Result<(), StoreError> {
+    let now = SystemTime::now();
+    for (executor, _) in store.executors(None).await? {
+        let ago = executor.last_seen.map(|at| now.duration_since(at).unwrap_or_default());
+        if let Some(ago) = ago.filter(|ago| ago.as_secs() <= seen_secs) {
+            registry.remember(executor.id, ago);
+        }
+    }
+    Ok(())
+}
+
+/// Lets an operator's change take effect before the operator is answered.
+fn apply(api: &Api, change: &Change) {
+    match change {
+        Change::TokenRevoked(token) => api.corridor.auth.proxy_tokens().forget(token),
+        Change::ExecutorDeleted(executor) => {
+            api.corridor.registry.forget(executor);
+            for workspace in api.workspaces.all() {
+                workspace.resolver.invalidate();
+                workspace.pool.close_executor(executor);
+            }
+        }
+        Change::Unbound { workspace, executor } => {
+            if let Some(workspace) = api.workspaces.peek(workspace) {
+                workspace.resolver.invalidate();
+                workspace.pool.close_executor(executor);
+            }
+        }
+        Change::Bound { workspace } => {
+            if let Some(workspace) = api.workspaces.peek(workspace) {
+                workspace.resolver.invalidate();
+            }
+        }
+        Change::Revoked(revocation) => {
+            api.corridor.auth.cap_tokens().apply(revocation);
+            if let RevocationScope::Workspace(workspace) = &revocation.scope
+                && let Some(workspace) = api.workspaces.peek(workspace)
+            {
+                workspace.pool.close_all();
+            }
+        }
+    }
+}
+
+async fn sweep(api: Arc<Api>, stop: CancellationToken) {
+    let mut ticks = interval(SWEEP_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = stop.cancelled() => return,
+        }
+        api.workspaces.evict_idle();
+        record_connected(&api).await;
+        if let Err(error) = api.corridor.store.forget_revocations(SystemTime::now()).await {
+            tracing::warn!(%error, "expired revocations were not forgotten");
+        }
+    }
+}
+
+/// Stores that executors are connected now, for calls that come right after a restart.
+async fn record_connected(api: &Api) {
+    let now = SystemTime::now();
+    let connected: Vec<(ExecutorId, SystemTime)> =
+        api.corridor.registry.connected().into_iter().map(|executor| (executor, now)).collect();
+    if connected.is_empty() {
+        return;
+    }
+    if let Err(error) = api.corridor.store.touch_executors(connected).await {
+        tracing::warn!(%error, "the executors' last contact was not stored");
+    }
+}
+
+fn readings(api: &Arc<Api>) -> Readings {
+    let api = Arc::downgrade(api);
+    Arc::new(move || {
+        let Some(api) = api.upgrade() else { return Vec::new() };
+        let tokens = api.corridor.auth.counters().snapshot();
+        let counter = |name, help, value| Reading { name, help, value: Value::Counter(value) };
+        let gauge = |name, help, value: usize| Reading { name, help, value: Value::Gauge(value as u64) };
+        vec![
+            gauge("links", "Connected executors", api.corridor.registry.len()),
+            gauge("workspaces", "Workspaces in memory", api.workspaces.len()),
+            counter("workspaces_built", "Workspaces built on first use", api.workspaces.built()),
+            counter("workspaces_evicted", "Workspaces dropped when idle", api.workspaces.evicted()),
+            counter("token_hits", "Proxy tokens answered from memory", tokens.hits),
+            counter("token_negative_hits", "Refused proxy tokens answered from memory", tokens.negative_hits),
+            counter("token_misses", "Proxy tokens that had to be looked up", tokens.misses),
+            counter("token_stale", "Proxy tokens believed while the validator failed", tokens.stale),
+            counter("upstream_requests", "Questions to the validator upstream", tokens.upstream_requests),
+            counter("upstream_failures", "Questions the validator upstream did not answer", tokens.upstream_failures),
+        ]
+    })
+}

@@ -139,3 +139,139 @@ impl<'a> CapToken<'a> {
         if now_unix > claims.exp { Err(CapTokenError::Expired) } else { Ok(claims) }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const SECRET: &[u8] = b"golden-secret";
+    // Computed with Python's hmac, independently of this crate.
+    const ORIGINAL: &str = concat!(
+        "eyJhbGciOiJIUzI1NiIsInR5cCI6IkNYRyJ9.",
+        "eyJ0dXJuX2lkIjoic2RrIiwid29ya3NwYWNlX2lkIjoid3MtMSIsInVzZXJfaWQiOiJhZGEiLCJpYXQiOjE3MDAwMDAwMDAsImV4cCI6MTcw",
+        "MDAwMzYwMCwic2tpcF9hdWRpdCI6dHJ1ZX0.vqU7Zqx6alnp4mD7Ivs8K5kT_3AvwC1jH-PFEn4T3Kc"
+    );
+    const WITH_KID: &str = concat!(
+        "eyJhbGciOiJIUzI1NiIsInR5cCI6IkNYRyJ9.",
+        "eyJ0dXJuX2lkIjoidHVybi03Iiwid29ya3NwYWNlX2lkIjoid3MtMSIsImlhdCI6MTcwMDAwMDAwMCwiZXhwIjoxNzAwMDAzNjAwLCJraWQi",
+        "OiJrMiJ9.o1MMd9pUGOl0-DG7YPbGZx4BytBoT2jlnJyPzPEvmNE"
+    );
+    /// The header's members in another order and spaced, one unknown claim.
+    const OTHER_MINTER: &str = concat!(
+        "eyJ0eXAiOiAiQ1hHIiwgImFsZyI6ICJIUzI1NiJ9.",
+        "eyJ0dXJuX2lkIjoidCIsIndvcmtzcGFjZV9pZCI6InciLCJpYXQiOjEsImV4cCI6MiwiZXh0cmEiOltdfQ.",
+        "4rht_zQrC1Vvvtey1r_Zn4wazMJOrQ5imcbgqJSmSgU"
+    );
+    /// Properly signed, but the payload is `not json`.
+    const NOT_JSON: &str =
+        "eyJhbGciOiJIUzI1NiIsInR5cCI6IkNYRyJ9.bm90IGpzb24.V_JI3dNwiihFCsX85KFlo81g-ta6u3-FxrmMIay5qgc";
+
+    fn original() -> CapClaims {
+        CapClaims {
+            turn_id: TurnId::new("sdk").unwrap(),
+            workspace_id: WorkspaceId::new("ws-1").unwrap(),
+            user_id: Some(UserId::new("ada").unwrap()),
+            iat: 1_700_000_000,
+            exp: 1_700_003_600,
+            skip_audit: true,
+            kid: None,
+        }
+    }
+
+    fn with_kid() -> CapClaims {
+        let turn_id = TurnId::new("turn-7").unwrap();
+        CapClaims { turn_id, user_id: None, skip_audit: false, kid: Some("k2".into()), ..original() }
+    }
+
+    fn verify(token: &str, secret: &[u8], now: u64) -> Result<CapClaims, CapTokenError> {
+        CapToken::parse(token)?.verify(secret, now)
+    }
+
+    #[test]
+    fn tokens_are_minted_to_the_letter_of_the_original() {
+        assert_eq!(mac::encode(HEADER), HEADER_PART);
+        assert_eq!(mint(&original(), SECRET), ORIGINAL);
+        assert_eq!(mint(&with_kid(), SECRET), WITH_KID);
+    }
+
+    #[test]
+    fn tokens_of_other_minters_are_verified() {
+        assert_eq!(verify(ORIGINAL, SECRET, 1_700_000_000), Ok(original()));
+        assert_eq!(verify(WITH_KID, SECRET, 1_700_000_000), Ok(with_kid()));
+        assert!(is_cap_token(OTHER_MINTER));
+        assert_eq!(verify(OTHER_MINTER, SECRET, 2).unwrap().exp, 2);
+    }
+
+    #[test]
+    fn the_key_id_is_known_before_the_signature_is_checked() {
+        assert_eq!(CapToken::parse(WITH_KID).unwrap().kid(), Some("k2"));
+        assert_eq!(CapToken::parse(ORIGINAL).unwrap().kid(), None);
+        assert_eq!(CapToken::parse(NOT_JSON).unwrap().kid(), None);
+    }
+
+    #[test]
+    fn the_second_of_expiry_is_still_valid() {
+        assert!(verify(ORIGINAL, SECRET, 1_700_003_600).is_ok());
+        assert_eq!(verify(ORIGINAL, SECRET, 1_700_003_601), Err(CapTokenError::Expired));
+    }
+
+    #[test]
+    fn a_wrong_signature_is_told_before_anything_in_the_payload() {
+        let late = u64::MAX;
+        assert_eq!(verify(ORIGINAL, b"other", late), Err(CapTokenError::BadSignature));
+        assert_eq!(verify(NOT_JSON, b"other", late), Err(CapTokenError::BadSignature));
+        assert_eq!(verify(NOT_JSON, SECRET, late), Err(CapTokenError::Malformed));
+        let short = &ORIGINAL[..ORIGINAL.len() - 4];
+        assert_eq!(verify(short, SECRET, 0), Err(CapTokenError::BadSignature));
+        let (signed, mac) = ORIGINAL.rsplit_once('.').unwrap();
+        assert_eq!(verify(&format!("{signed}A.{mac}"), SECRET, 0), Err(CapTokenError::BadSignature));
+    }
+
+    #[test]
+    fn an_unset_secret_verifies_nothing() {
+        assert_eq!(verify(&mint(&original(), b""), b"", 0), Err(CapTokenError::BadSignature));
+    }
+
+    #[test]
+    fn what_has_not_three_parts_and_the_right_header_is_malformed() {
+        let (signed, mac) = ORIGINAL.rsplit_once('.').unwrap();
+        let (header, payload) = signed.split_once('.').unwrap();
+        let jwt = mac::encode(r#"{"alg":"HS256","typ":"JWT"}"#);
+        let unsigned = mac::encode(r#"{"alg":"none","typ":"CXG"}"#);
+        for token in [
+            "".to_owned(),
+            signed.to_owned(),
+            format!("{signed}."),
+            format!("{header}..{mac}"),
+            format!(".{payload}.{mac}"),
+            format!("{signed}.{mac}.{mac}"),
+            format!("{signed}.{mac}="),
+            format!("{jwt}.{payload}.{mac}"),
+            format!("{unsigned}.{payload}.{mac}"),
+            format!("{header}.{}.{mac}", "A".repeat(TOKEN_BYTES_MAX)),
+        ] {
+            assert_eq!(CapToken::parse(&token).err(), Some(CapTokenError::Malformed), "{token}");
+        }
+    }
+
+    #[test]
+    fn cap_tokens_are_known_by_their_header() {
+        assert!(is_cap_token(ORIGINAL));
+        for token in ["", "egw_x", "exe_1.1700000300.mac", "h1.payload.mac", HEADER_PART] {
+            assert!(!is_cap_token(token), "{token}");
+        }
+    }
+
+    #[test]
+    fn an_empty_user_is_no_user() {
+        let claims: CapClaims =
+            serde_json::from_str(r#"{"turn_id":"t","workspace_id":"w","user_id":"","iat":1,"exp":2}"#).unwrap();
+        assert_eq!(claims.user_id, None);
+    }
+
+    #[test]
+    fn debug_output_shows_no_token() {
+        assert_eq!(format!("{:?}", CapToken::parse(ORIGINAL)), "Ok(CapToken(***))");
+    }
+}

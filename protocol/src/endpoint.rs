@@ -191,3 +191,147 @@ impl Endpoint {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn data(seq: u32, text: &str) -> Data {
+        Data { seq, segment_index: 0, segment_count: 1, payload: Bytes::copy_from_slice(text.as_bytes()) }
+    }
+
+    fn segment(seq: u32, segment_index: u32, segment_count: u32, text: &str) -> Data {
+        Data { segment_index, segment_count, ..data(seq, text) }
+    }
+
+    fn drain(endpoint: &mut Endpoint) -> Vec<Bytes> {
+        std::iter::from_fn(|| endpoint.next()).collect()
+    }
+
+    #[test]
+    fn sequence_numbers_end_before_they_wrap() {
+        let mut endpoint = Endpoint::new(EndpointLimits::default());
+        assert_eq!((endpoint.next_seq(), endpoint.next_seq()), (Ok(0), Ok(1)));
+        endpoint.next_to_send = u32::MAX - 1;
+        assert_eq!(endpoint.next_seq(), Ok(u32::MAX - 1));
+        assert_eq!(endpoint.next_seq(), Err(EndpointError::Exhausted));
+        assert_eq!(endpoint.next_seq(), Err(EndpointError::Exhausted));
+        assert_eq!(endpoint.receive(data(u32::MAX, "x")), Err(EndpointError::Exhausted));
+    }
+
+    #[test]
+    fn a_gap_of_64_is_waited_for_and_one_of_65_is_not() {
+        let mut endpoint = Endpoint::new(EndpointLimits::default());
+        for seq in (1..=64).rev() {
+            endpoint.receive(data(seq, "x")).unwrap();
+        }
+        assert_eq!(endpoint.receive(data(65, "x")), Err(EndpointError::TooFarAhead { seq: 65, expected: 0 }));
+        assert_eq!(endpoint.next(), None);
+        assert_eq!(endpoint.acknowledgement(), (0, u32::MAX));
+        endpoint.receive(data(0, "x")).unwrap();
+        assert_eq!(drain(&mut endpoint).len(), 65);
+        assert_eq!(endpoint.acknowledgement(), (65, 0));
+    }
+
+    #[test]
+    fn bytes_behind_a_gap_are_bounded_and_freed_when_it_closes() {
+        let mut endpoint = Endpoint::new(EndpointLimits { gap_bytes_max: 4, ..EndpointLimits::default() });
+        endpoint.receive(data(1, "four")).unwrap();
+        assert_eq!(endpoint.receive(data(2, "x")), Err(EndpointError::GapTooLarge { expected: 0 }));
+        assert_eq!(endpoint.receive(data(1, "four")), Ok(()), "what is here already takes no room");
+        endpoint.receive(data(0, "a")).unwrap();
+        endpoint.receive(data(3, "more")).unwrap();
+        assert_eq!(drain(&mut endpoint), ["a", "four"]);
+    }
+
+    #[test]
+    fn acknowledgement_bits_count_from_the_frame_after_the_missing_one() {
+        let mut endpoint = Endpoint::new(EndpointLimits::default());
+        for seq in [0, 1, 3, 5, 34, 35] {
+            endpoint.receive(data(seq, "x")).unwrap();
+        }
+        assert_eq!(endpoint.acknowledgement(), (2, 1 | 1 << 2 | 1 << 31));
+    }
+
+    #[test]
+    fn a_single_segment_is_handed_on_without_a_copy() {
+        let mut endpoint = Endpoint::new(EndpointLimits::default());
+        let frame = data(0, "payload");
+        endpoint.receive(frame.clone()).unwrap();
+        assert_eq!(endpoint.next().unwrap().as_ptr(), frame.payload.as_ptr());
+    }
+
+    #[test]
+    fn segments_become_one_message_also_when_they_come_in_disorder() {
+        let mut endpoint = Endpoint::new(EndpointLimits::default());
+        for frame in [segment(2, 2, 3, "c"), segment(0, 0, 3, "a"), data(3, "d"), segment(1, 1, 3, "b")] {
+            endpoint.receive(frame).unwrap();
+        }
+        assert_eq!(drain(&mut endpoint), ["abc", "d"]);
+    }
+
+    #[test]
+    fn segments_that_do_not_follow_each_other_are_refused() {
+        let starts: [(u32, u32); 2] = [(1, 2), (0, 0)];
+        for (index, count) in starts {
+            let mut endpoint = Endpoint::new(EndpointLimits::default());
+            let refused = Err(EndpointError::BadSegments { seq: 0, index, count });
+            assert_eq!(endpoint.receive(segment(0, index, count, "x")), refused);
+        }
+        let follow_ups: [(u32, u32); 4] = [(0, 3), (2, 3), (1, 4), (0, 1)];
+        for (index, count) in follow_ups {
+            let mut endpoint = Endpoint::new(EndpointLimits::default());
+            endpoint.receive(segment(0, 0, 3, "a")).unwrap();
+            let refused = Err(EndpointError::BadSegments { seq: 1, index, count });
+            assert_eq!(endpoint.receive(segment(1, index, count, "b")), refused);
+        }
+    }
+
+    #[test]
+    fn a_message_is_bounded_over_all_its_segments() {
+        let limits = EndpointLimits { message_bytes_max: 4, ..EndpointLimits::default() };
+        let mut endpoint = Endpoint::new(limits);
+        endpoint.receive(segment(0, 0, 2, "abc")).unwrap();
+        assert_eq!(endpoint.receive(segment(1, 1, 2, "de")), Err(EndpointError::MessageTooLarge { max: 4 }));
+        assert_eq!(Endpoint::new(limits).receive(data(0, "12345")), Err(EndpointError::MessageTooLarge { max: 4 }));
+    }
+
+    /// Frames 0, 1, 2... in an order that keeps each at most `reach` places early, with repetitions thrown in.
+    fn shuffled() -> impl Strategy<Value = Vec<u32>> {
+        (prop::collection::vec(0..32u32, 1..300), prop::collection::vec(any::<prop::sample::Index>(), 0..50)).prop_map(
+            |(delays, repeats)| {
+                let mut order: Vec<u32> = (0..delays.len() as u32).collect();
+                order.sort_by_key(|seq| (seq + delays[*seq as usize], *seq));
+                for repeat in repeats {
+                    // A repetition right behind its original stays within every limit.
+                    let at = repeat.index(order.len());
+                    order.insert(at + 1, order[at]);
+                }
+                order
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn every_payload_comes_once_and_in_order(order in shuffled()) {
+            let mut endpoint = Endpoint::new(EndpointLimits::default());
+            let mut seen = std::collections::BTreeSet::new();
+            let mut out = Vec::new();
+            for seq in order {
+                seen.insert(seq);
+                prop_assert_eq!(endpoint.receive(data(seq, &seq.to_string())), Ok(()));
+                out.extend(drain(&mut endpoint));
+                let expected = (0..).find(|seq| !seen.contains(seq)).unwrap();
+                prop_assert_eq!(out.len(), expected as usize, "what is complete is handed out at once");
+                let bits = (0..32).filter(|bit| seen.contains(&(expected + 1 + bit))).fold(0, |bits, bit| bits | 1 << bit);
+                prop_assert_eq!(endpoint.acknowledgement(), (expected, bits));
+            }
+            let wanted: Vec<Bytes> = (0..out.len()).map(|seq| seq.to_string().into()).collect();
+            prop_assert_eq!(out, wanted);
+        }
+    }
+}

@@ -612,3 +612,303 @@ fn put_varint(out: &mut BytesMut, mut value: u64) {
     }
     out.put_u8(value as u8);
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+    use prost::Message;
+
+    use super::*;
+
+    /// The schema of `codex-exec-server.md` §3.2 as prost reads it.
+    #[derive(Clone, PartialEq, Message)]
+    struct ProtoFrame {
+        #[prost(uint32, tag = "1")]
+        version: u32,
+        #[prost(string, tag = "2")]
+        stream_id: String,
+        #[prost(uint32, tag = "3")]
+        ack: u32,
+        #[prost(uint32, tag = "4")]
+        ack_bits: u32,
+        #[prost(oneof = "ProtoBody", tags = "5, 6, 7, 8, 9, 10")]
+        body: Option<ProtoBody>,
+        #[prost(string, optional, tag = "11")]
+        traceparent: Option<String>,
+        #[prost(string, optional, tag = "12")]
+        tracestate: Option<String>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    enum ProtoBody {
+        #[prost(message, tag = "5")]
+        Data(ProtoData),
+        #[prost(message, tag = "6")]
+        Ack(ProtoEmpty),
+        #[prost(message, tag = "7")]
+        Resume(ProtoResume),
+        #[prost(message, tag = "8")]
+        Reset(ProtoReset),
+        #[prost(message, tag = "9")]
+        Heartbeat(ProtoEmpty),
+        #[prost(message, tag = "10")]
+        Handshake(ProtoHandshake),
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    struct ProtoData {
+        #[prost(uint32, tag = "1")]
+        seq: u32,
+        #[prost(uint32, tag = "2")]
+        segment_index: u32,
+        #[prost(uint32, tag = "3")]
+        segment_count: u32,
+        #[prost(bytes = "bytes", tag = "4")]
+        payload: Bytes,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    struct ProtoEmpty {}
+
+    #[derive(Clone, PartialEq, Message)]
+    struct ProtoResume {
+        #[prost(uint32, tag = "1")]
+        next_seq: u32,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    struct ProtoReset {
+        #[prost(string, tag = "1")]
+        reason: String,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    struct ProtoHandshake {
+        #[prost(bytes = "bytes", tag = "1")]
+        payload: Bytes,
+    }
+
+    impl From<&Frame> for ProtoFrame {
+        fn from(frame: &Frame) -> Self {
+            let body = match frame.body.clone() {
+                Body::Data(Data { seq, segment_index, segment_count, payload }) => {
+                    ProtoBody::Data(ProtoData { seq, segment_index, segment_count, payload })
+                }
+                Body::Ack => ProtoBody::Ack(ProtoEmpty {}),
+                Body::Resume { next_seq } => ProtoBody::Resume(ProtoResume { next_seq }),
+                Body::Reset { reason } => ProtoBody::Reset(ProtoReset { reason }),
+                Body::Heartbeat => ProtoBody::Heartbeat(ProtoEmpty {}),
+                Body::Handshake { payload } => ProtoBody::Handshake(ProtoHandshake { payload }),
+            };
+            ProtoFrame { version: 1, stream_id: frame.stream_id.to_string(), body: Some(body), ..Default::default() }
+        }
+    }
+
+    /// What the stricter rules of this module leave of what prost has read.
+    fn accepted(proto: ProtoFrame) -> Option<Frame> {
+        let stream_id = StreamId::new(&proto.stream_id).ok()?;
+        let body = match proto.body? {
+            ProtoBody::Data(ProtoData { seq, segment_index, segment_count, payload }) => {
+                let possible = !payload.is_empty() && segment_index < segment_count;
+                possible.then_some(Body::Data(Data { seq, segment_index, segment_count, payload }))?
+            }
+            ProtoBody::Ack(_) => Body::Ack,
+            ProtoBody::Resume(ProtoResume { next_seq }) => Body::Resume { next_seq },
+            ProtoBody::Reset(ProtoReset { reason }) => (!reason.is_empty()).then_some(Body::Reset { reason })?,
+            ProtoBody::Heartbeat(_) => Body::Heartbeat,
+            ProtoBody::Handshake(ProtoHandshake { payload }) => {
+                (!payload.is_empty()).then_some(Body::Handshake { payload })?
+            }
+        };
+        (proto.version == 1).then_some(Frame { stream_id, body })
+    }
+
+    fn agrees_with_prost(bytes: Vec<u8>) -> Result<(), TestCaseError> {
+        let ours = Frame::decode(bytes.clone().into());
+        if ours == Err(FrameError::Group) {
+            return Ok(());
+        }
+        prop_assert_eq!(ours.ok(), ProtoFrame::decode(&bytes[..]).ok().and_then(accepted));
+        Ok(())
+    }
+
+    fn payloads() -> impl Strategy<Value = Bytes> {
+        prop_oneof![
+            prop::collection::vec(any::<u8>(), 1..40),
+            prop::collection::vec(any::<u8>(), 120..136),
+            Just(vec![7; 61_456]),
+        ]
+        .prop_map(Bytes::from)
+    }
+
+    fn numbers() -> impl Strategy<Value = u32> {
+        prop_oneof![0..3u32, 126..130u32, any::<u32>(), Just(u32::MAX)]
+    }
+
+    fn frames() -> impl Strategy<Value = Frame> {
+        let data = (numbers(), numbers(), numbers(), payloads()).prop_map(|(seq, a, b, payload)| {
+            let (segment_index, segment_count) = (a.min(b).min(u32::MAX - 1), a.max(b).max(1));
+            let segment_index = segment_index.min(segment_count - 1);
+            Body::Data(Data { seq, segment_index, segment_count, payload })
+        });
+        let body = prop_oneof![
+            4 => data,
+            1 => Just(Body::Ack),
+            1 => numbers().prop_map(|next_seq| Body::Resume { next_seq }),
+            1 => "\\PC{1,20}".prop_map(|reason| Body::Reset { reason }),
+            1 => Just(Body::Heartbeat),
+            1 => payloads().prop_map(|payload| Body::Handshake { payload }),
+        ];
+        let ids = prop_oneof!["[0-9a-f-]{36}", "\\PC{1,60}"].prop_filter_map("blank", |id| StreamId::new(&id).ok());
+        (ids, body).prop_map(|(stream_id, body)| Frame { stream_id, body })
+    }
+
+    /// Frames of the schema as no honest peer writes them.
+    fn odd_frames() -> impl Strategy<Value = ProtoFrame> {
+        let traces = (prop::option::of("\\PC{0,9}"), prop::option::of("\\PC{0,9}"));
+        (frames(), 0..3u32, numbers(), numbers(), traces, any::<bool>()).prop_map(
+            |(frame, version, ack, ack_bits, (traceparent, tracestate), whole)| {
+                let proto = ProtoFrame::from(&frame);
+                let body = proto.body.clone().filter(|_| whole);
+                ProtoFrame { version, ack, ack_bits, traceparent, tracestate, body, ..proto }
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_alike_by_prost_and_by_us(frame in frames()) {
+            let written = frame.encode();
+            prop_assert_eq!(ProtoFrame::decode(written.clone()).unwrap(), ProtoFrame::from(&frame));
+            prop_assert_eq!(&ProtoFrame::from(&frame).encode_to_vec(), &written);
+            prop_assert_eq!(peek_stream_id(&written), Ok(frame.stream_id.as_str()));
+            prop_assert_eq!(Frame::decode(written), Ok(frame));
+        }
+
+        #[test]
+        fn a_data_header_is_the_frame_without_its_payload(frame in frames(), reserve in 0..64usize) {
+            let Body::Data(Data { seq, payload, .. }) = &frame.body else { return Ok(()) };
+            let header = data_header(&frame.stream_id, *seq, payload.len(), reserve);
+            prop_assert!(header.capacity() >= header.len() + payload.len() + reserve);
+            let data = Data { seq: *seq, segment_index: 0, segment_count: 1, payload: payload.clone() };
+            let whole = Frame { stream_id: frame.stream_id, body: Body::Data(data) }.encode();
+            prop_assert_eq!([&header[..], payload].concat(), whole);
+        }
+
+        #[test]
+        fn arbitrary_bytes_are_accepted_exactly_as_by_prost(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+            agrees_with_prost(bytes)?;
+        }
+
+        #[test]
+        fn odd_frames_are_accepted_exactly_as_by_prost(frame in odd_frames()) {
+            agrees_with_prost(frame.encode_to_vec())?;
+        }
+
+        /// Two messages behind each other are one message that prost merges.
+        #[test]
+        fn repeated_fields_merge_as_in_prost(first in odd_frames(), second in odd_frames()) {
+            agrees_with_prost([first.encode_to_vec(), second.encode_to_vec()].concat())?;
+        }
+
+        #[test]
+        fn halves_of_one_data_body_merge_as_in_prost(first in numbers(), second in numbers(), payload in payloads()) {
+            let half = |data| ProtoFrame {
+                version: 1, stream_id: "s".into(), body: Some(ProtoBody::Data(data)), ..Default::default()
+            };
+            let first = half(ProtoData { seq: first, segment_count: 1, ..Default::default() });
+            let second = half(ProtoData { seq: second, payload, ..Default::default() });
+            agrees_with_prost([first.encode_to_vec(), second.encode_to_vec()].concat())?;
+        }
+
+        #[test]
+        fn damaged_frames_are_accepted_exactly_as_by_prost(
+            frame in odd_frames(),
+            damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+            cut in prop::option::of(any::<prop::sample::Index>()),
+        ) {
+            let mut bytes = frame.encode_to_vec();
+            // Keys and lengths stand in front; damage inside a long payload would test nothing.
+            let reach = bytes.len().min(90);
+            for (at, byte) in damage {
+                bytes[at.index(reach)] = byte;
+            }
+            if let Some(cut) = cut {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            agrees_with_prost(bytes)?;
+        }
+    }
+
+    /// A frame of stream `s` with these fields behind the version and the id.
+    fn frame_with(fields: &[u8]) -> Result<Frame, FrameError> {
+        Frame::decode([b"\x08\x01\x12\x01s", fields].concat().into())
+    }
+
+    #[test]
+    fn what_executors_would_drop_is_refused_by_name() {
+        assert_eq!(frame_with(b""), Err(FrameError::NoBody));
+        assert_eq!(frame_with(b"\x2a\x02\x18\x01"), Err(FrameError::EmptyPayload));
+        assert_eq!(frame_with(b"\x2a\x03\x22\x01x"), Err(FrameError::BadSegments { index: 0, count: 0 }));
+        assert_eq!(
+            frame_with(b"\x2a\x07\x10\x02\x18\x02\x22\x01x"),
+            Err(FrameError::BadSegments { index: 2, count: 2 })
+        );
+        assert_eq!(frame_with(b"\x42\x00"), Err(FrameError::EmptyReason));
+        assert_eq!(frame_with(b"\x42\x03\x0a\x01\xff"), Err(FrameError::Utf8 { field: 1 }));
+        assert_eq!(frame_with(b"\x52\x00"), Err(FrameError::EmptyPayload));
+        assert_eq!(frame_with(b"\x08\x02\x4a\x00"), Err(FrameError::Version(2)));
+        assert_eq!(frame_with(b"\x4a\x00\x12\x01 "), Err(FrameError::BlankStreamId));
+        assert_eq!(frame_with(b"\x4a\x00\x6b\x6c"), Err(FrameError::Group));
+        assert_eq!(frame_with(b"\x4a\x05"), Err(FrameError::Truncated));
+        assert_eq!(frame_with(b"\x4d\x00\x00\x00\x00"), Err(FrameError::WireType { field: 9 }));
+        assert_eq!(Frame::decode(Bytes::from_static(b"\x4a\x00")), Err(FrameError::Version(0)));
+    }
+
+    #[test]
+    fn unknown_fields_of_every_wire_type_are_skipped() {
+        let unknown = b"\x68\x96\x01\x71aaaaaaaa\x7a\x03abc\x85\x01aaaa\x4a\x00";
+        assert_eq!(frame_with(unknown).unwrap().body, Body::Heartbeat);
+    }
+
+    #[test]
+    fn a_number_of_more_than_64_bits_is_refused() {
+        assert_eq!(frame_with(b"\x18\xff\xff\xff\xff\xff\xff\xff\xff\xff\x02\x4a\x00"), Err(FrameError::Varint));
+        assert!(frame_with(b"\x18\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\x4a\x00").is_ok());
+    }
+
+    #[test]
+    fn a_decoded_frame_is_made_of_slices_of_its_buffer() {
+        let input = frame_with(b"\x2a\x05\x18\x01\x22\x01x").unwrap().encode();
+        let within = |part: &[u8]| input.as_ptr_range().contains(&part.as_ptr());
+        let frame = Frame::decode(input.clone()).unwrap();
+        let Body::Data(data) = frame.body else { panic!("the data that was written") };
+        assert!(within(&data.payload) && within(frame.stream_id.as_str().as_bytes()));
+        assert!(!within(frame.stream_id.detached().as_str().as_bytes()), "a detached id lets the buffer go");
+    }
+
+    #[test]
+    fn stream_ids_are_bounded_and_not_blank() {
+        assert!(StreamId::new(&"x".repeat(STREAM_ID_BYTES_MAX)).is_ok());
+        assert_eq!(StreamId::new(&"x".repeat(257)), Err(FrameError::LongStreamId { bytes: 257 }));
+        assert_eq!(StreamId::new("\t \u{2003}"), Err(FrameError::BlankStreamId));
+    }
+
+    #[test]
+    fn a_map_of_streams_is_asked_by_text() {
+        let map = HashMap::from([(StreamId::new("s-1").unwrap(), 7)]);
+        assert_eq!(map.get("s-1"), Some(&7));
+    }
+
+    #[test]
+    fn debug_output_never_shows_a_payload() {
+        let frame = Frame {
+            stream_id: StreamId::new("s").unwrap(),
+            body: Body::Data(Data { seq: 0, segment_index: 0, segment_count: 1, payload: "secret".into() }),
+        };
+        assert!(!format!("{frame:?}").contains("secret"));
+    }
+}

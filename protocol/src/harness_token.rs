@@ -97,3 +97,70 @@ pub fn verify(token: &str, now: u64, secret: &[u8]) -> Result<HarnessClaims, Har
         mac::decode(payload).and_then(|json| serde_json::from_slice(&json).ok()).ok_or(HarnessTokenError::Malformed)?;
     if now >= claims.exp { Err(HarnessTokenError::Expired) } else { Ok(claims) }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::rest::KeyBytes;
+
+    const SECRET: &[u8] = b"golden-secret";
+    // Computed with Python's hmac and hashlib, independently of this crate.
+    const GOLDEN: &str = concat!(
+        "h1.eyJ3b3Jrc3BhY2UiOiJ3cy0xIiwiZXhlY3V0b3IiOiJleGVfMSIsInJlZ2lzdHJhdGlvbiI6ImV4cl8xIiwia2V5IjoiOHpZNXpOb2tn",
+        "NTZOMENuSy1FSUNBa0pGV2dmRktkZHZMajlNN1VCTnY5NCIsImV4cCI6MTcwMDAwMDA2MH0.",
+        "52mXzD0P03K_mfvAw1ULnML4LRO5MCnVme8Snlgigmg"
+    );
+
+    fn claims() -> HarnessClaims {
+        HarnessClaims {
+            workspace: WorkspaceId::new("ws-1").unwrap(),
+            executor: ExecutorId::new("exe_1").unwrap(),
+            registration: RegistrationId::new("exr_1").unwrap(),
+            key: KeyDigest(KeyBytes { x25519: [1; 32], mlkem768: Box::new([2; 1184]) }.digest()),
+            exp: 1_700_000_060,
+        }
+    }
+
+    #[test]
+    fn tokens_look_alike_wherever_they_are_made() {
+        assert_eq!(mint(&claims(), SECRET), GOLDEN);
+        assert_eq!(verify(GOLDEN, 1_700_000_059, SECRET), Ok(claims()));
+    }
+
+    #[test]
+    fn every_fault_of_a_token_has_its_name() {
+        assert_eq!(verify(GOLDEN, 1_700_000_060, SECRET), Err(HarnessTokenError::Expired));
+        assert_eq!(verify(GOLDEN, u64::MAX, b"other"), Err(HarnessTokenError::BadSignature));
+        assert_eq!(verify(&mint(&claims(), b""), 0, b""), Err(HarnessTokenError::BadSignature));
+        let signed = format!("h1.{}", mac::encode("{}"));
+        let hollow = format!("{signed}.{}", mac::sign(SECRET, &signed));
+        assert_eq!(verify(&hollow, 0, SECRET), Err(HarnessTokenError::Malformed));
+        for token in ["", "h1", "h1.x", "h2.x.AA", "h1.x.?", &format!("h1.{}.AA", "x".repeat(TOKEN_BYTES_MAX))] {
+            assert_eq!(verify(token, 0, SECRET), Err(HarnessTokenError::Malformed), "{token}");
+        }
+    }
+
+    #[test]
+    fn the_longest_token_fits_where_executors_put_it() {
+        let longest = HarnessClaims {
+            workspace: WorkspaceId::new(&"w".repeat(64)).unwrap(),
+            executor: ExecutorId::new(&"e".repeat(256)).unwrap(),
+            registration: RegistrationId::new(&"r".repeat(256)).unwrap(),
+            exp: u64::MAX,
+            ..claims()
+        };
+        let token = mint(&longest, SECRET);
+        assert!(token.len() <= TOKEN_BYTES_MAX, "{} bytes", token.len());
+        assert_eq!(verify(&token, 0, SECRET), Ok(longest));
+    }
+
+    #[test]
+    fn no_kind_of_token_passes_as_another() {
+        let executor = ExecutorId::new("h1").unwrap();
+        let ticket = crate::ticket::mint(&executor, u64::MAX, SECRET);
+        assert!(is_harness_token(GOLDEN) && !crate::cap_token::is_cap_token(GOLDEN));
+        assert_eq!(verify(&ticket, 0, SECRET), Err(HarnessTokenError::Malformed));
+        assert_eq!(crate::ticket::verify(GOLDEN, &executor, 0, SECRET), Err(crate::ticket::TicketError::Malformed));
+    }
+}

@@ -13,3 +13,9 @@ pub mod path;
 pub mod rest;
 pub mod rpc;
 pub mod ticket;
+
+// The fuzz targets name the crate from outside, here as under cargo-fuzz.
+#[cfg(test)]
+extern crate self as exec_gateway_protocol;
+#[cfg(test)]
+mod fuzz;

@@ -116,3 +116,101 @@ pub fn write_message(out: &mut BytesMut, json: &[u8]) {
     out.put_u32(length);
     out.put_slice(json);
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn drain(reader: &mut MessageReader) -> Vec<Bytes> {
+        std::iter::from_fn(|| reader.next().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_message_within_one_record_is_a_slice_of_it() {
+        let mut stream = BytesMut::new();
+        write_message(&mut stream, b"{}");
+        write_message(&mut stream, b"[1]");
+        let record = stream.freeze();
+        let mut reader = MessageReader::new(10);
+        reader.push(record.clone());
+        let messages = drain(&mut reader);
+        assert_eq!(messages, ["{}", "[1]"]);
+        assert_eq!(messages[1].as_ptr(), record[10..].as_ptr());
+    }
+
+    #[test]
+    fn an_impossible_length_is_told_and_stays_told() {
+        for (length, error) in [(0, MessageError::Empty), (11, MessageError::TooLong { length: 11, max: 10 })] {
+            let mut reader = MessageReader::new(10);
+            let mut stream = BytesMut::new();
+            write_message(&mut stream, b"{}");
+            stream.put_u32(length);
+            reader.push(stream.freeze());
+            assert_eq!(reader.next(), Ok(Some(Bytes::from_static(b"{}"))));
+            assert_eq!(reader.next(), Err(error.clone()));
+            reader.push(Bytes::from_static(b"more"));
+            assert_eq!(reader.next(), Err(error));
+        }
+    }
+
+    #[test]
+    fn a_liar_gets_no_memory_for_what_it_announces() {
+        let mut reader = MessageReader::new(MESSAGE_BYTES_MAX);
+        reader.push(Bytes::from((MESSAGE_BYTES_MAX as u32).to_be_bytes().to_vec()));
+        for _ in 0..10 {
+            reader.push(Bytes::from_static(&[7; 100]));
+            assert_eq!(reader.next(), Ok(None));
+        }
+        assert!(reader.body.capacity() <= 2 * 1000, "{} bytes for 1000", reader.body.capacity());
+        assert!(reader.records.is_empty());
+    }
+
+    #[test]
+    fn the_largest_message_in_full_records_comes_out_whole_and_takes_no_more_than_its_size() {
+        let json = vec![b'x'; MESSAGE_BYTES_MAX];
+        let mut stream = BytesMut::new();
+        write_message(&mut stream, &json);
+        let mut stream = stream.freeze();
+        let mut reader = MessageReader::new(MESSAGE_BYTES_MAX);
+        let mut grown = 0;
+        while stream.len() > RECORD_BYTES_MAX {
+            let before = reader.body.capacity();
+            reader.push(stream.split_to(RECORD_BYTES_MAX));
+            assert_eq!(reader.next(), Ok(None));
+            grown += usize::from(reader.body.capacity() != before);
+        }
+        assert!(grown < 20, "{grown} growths for 1093 records are not a doubling");
+        reader.push(stream);
+        let message = reader.next().unwrap().unwrap();
+        assert!(message == json, "the message came out changed");
+        assert_eq!(Vec::from(message).capacity(), MESSAGE_BYTES_MAX);
+    }
+
+    proptest! {
+        #[test]
+        fn messages_come_out_as_they_went_in_however_the_stream_was_cut(
+            messages in prop::collection::vec(prop::collection::vec(any::<u8>(), 1..50), 0..20),
+            cuts in prop::collection::vec(0..60usize, 1..50),
+            at_once in any::<bool>(),
+        ) {
+            let mut stream = BytesMut::new();
+            messages.iter().for_each(|message| write_message(&mut stream, message));
+            let mut reader = MessageReader::new(50);
+            let mut out = Vec::new();
+            for cut in cuts.into_iter().chain(std::iter::repeat(13)) {
+                if stream.is_empty() {
+                    break;
+                }
+                reader.push(stream.split_to(cut.min(stream.len())).freeze());
+                if !at_once {
+                    out.extend(drain(&mut reader));
+                }
+            }
+            out.extend(drain(&mut reader));
+            prop_assert_eq!(out, messages);
+        }
+    }
+}

@@ -267,3 +267,144 @@ impl<'de> Deserialize<'de> for FileUri {
         Self::parse(&uri).map_err(serde::de::Error::custom)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn posix(path: &str) -> Result<String, PathError> {
+        native(path, false, "file:///srv/my%20work", "file:///home/ada")
+    }
+
+    fn windows(path: &str) -> Result<String, PathError> {
+        native(path, true, "file:///D:/work", "file:///C:/Users/Ada")
+    }
+
+    fn native(path: &str, windows: bool, base: &str, home: &str) -> Result<String, PathError> {
+        let (base, home) = (FileUri::parse(base).unwrap(), FileUri::parse(home).unwrap());
+        FileUri::from_native(path, windows, &base, &home).map(|uri| uri.to_string())
+    }
+
+    #[test]
+    fn posix_paths_are_absolute_relative_or_below_home() {
+        for (path, uri) in [
+            ("/", "file:///"),
+            ("/a b/c", "file:///a%20b/c"),
+            ("x/y", "file:///srv/my%20work/x/y"),
+            (".", "file:///srv/my%20work"),
+            ("./x//y/", "file:///srv/my%20work/x/y"),
+            ("../x", "file:///srv/my%20work/../x"),
+            ("~", "file:///home/ada"),
+            ("~/.ssh", "file:///home/ada/.ssh"),
+            ("~bob/x", "file:///srv/my%20work/~bob/x"),
+            (r"/a\b", "file:///a%5Cb"),
+            ("/C:/x", "file:///C%3A/x"),
+            ("/100%?#ü", "file:///100%25%3F%23%C3%BC"),
+        ] {
+            assert_eq!(posix(path).as_deref(), Ok(uri), "{path}");
+        }
+        assert_eq!(native("x", false, "file:///", "file:///root").as_deref(), Ok("file:///x"));
+    }
+
+    #[test]
+    fn windows_paths_have_drives_and_shares() {
+        for (path, uri) in [
+            (r"C:\a b", "file:///C:/a%20b"),
+            ("c:/a", "file:///c:/a"),
+            (r"x\y", "file:///D:/work/x/y"),
+            (r"\x", "file:///D:/x"),
+            (r"~\x", "file:///C:/Users/Ada/x"),
+            (r"\\host\share\x", "file://host/share/x"),
+            ("//host/share", "file://host/share"),
+            (r"\\?\C:\x", "file:///C:/x"),
+            (r"\\?\UNC\host\share\x", "file://host/share/x"),
+            (r"C:\f:stream", "file:///C:/f%3Astream"),
+        ] {
+            assert_eq!(windows(path).as_deref(), Ok(uri), "{path}");
+        }
+        assert_eq!(native(r"\x", true, "file://host/share/dir", "file:///C:/").as_deref(), Ok("file://host/share/x"));
+    }
+
+    #[test]
+    fn paths_that_mean_nothing_are_refused() {
+        assert_eq!(posix(""), Err(PathError::Empty));
+        assert_eq!(posix("/a\0b"), Err(PathError::Nul));
+        assert_eq!(posix(&"x".repeat(4097)), Err(PathError::TooLong));
+        assert!(posix(&"ü".repeat(2048)).is_ok());
+        assert_eq!(windows("C:x"), Err(PathError::DriveRelative));
+        assert_eq!(windows("C:"), Err(PathError::DriveRelative));
+        for path in [r"\\host", r"\\host\", r"\\.\COM1", r"\\ho st\share", r"\\?\GLOBALROOT\x", r"\\?\ü"] {
+            assert_eq!(windows(path), Err(PathError::Share), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_working_directory_does_not_grow_without_end() {
+        let mut base = FileUri::parse("file:///").unwrap();
+        let home = base.clone();
+        let refusal = (0..10).find_map(|_| match FileUri::from_native(&"ü".repeat(2048), false, &base, &home) {
+            Ok(longer) => {
+                base = longer;
+                None
+            }
+            Err(error) => Some(error),
+        });
+        assert_eq!(refusal, Some(PathError::TooLong));
+    }
+
+    #[test]
+    fn uris_are_absolute_and_well_formed() {
+        for uri in ["file:///", "file:///a%20b", "file://host/share/x", "file:///C:/x", "file:///a'(b)+c=d"] {
+            assert_eq!(FileUri::parse(uri).unwrap().as_str(), uri);
+        }
+        assert_eq!(FileUri::parse("file://localhost/x").unwrap().as_str(), "file:///x");
+        for uri in ["", "/x", "http://h/x", "file:x", "file://", "file://host", "file:///a?b", "file:///a#b"] {
+            assert_eq!(FileUri::parse(uri), Err(PathError::NotFileUri), "{uri}");
+        }
+        for uri in
+            ["file:///a b", "file:///%2", "file:///%zz", "file:///%+1", r"file:///a\b", "file://u@h/x", "file:///ü"]
+        {
+            assert_eq!(FileUri::parse(uri), Err(PathError::NotFileUri), "{uri}");
+        }
+        assert_eq!(FileUri::parse("file:///a%00b"), Err(PathError::Nul));
+    }
+
+    #[test]
+    fn native_paths_are_those_people_write() {
+        let native = |uri| FileUri::parse(uri).unwrap().to_native();
+        assert_eq!(native("file:///srv/a%20b").as_deref(), Ok("/srv/a b"));
+        assert_eq!(native("file:///C:/a%20b").as_deref(), Ok(r"C:\a b"));
+        assert_eq!(native("file:///C%3A/x").as_deref(), Ok("/C:/x"));
+        assert_eq!(native("file:///C:x").as_deref(), Ok("/C:x"));
+        assert_eq!(native("file://host/share/x").as_deref(), Ok(r"\\host\share\x"));
+        assert_eq!(native("file:///%ff"), Err(PathError::NotUtf8));
+    }
+
+    #[test]
+    fn json_holds_the_uri_and_nothing_else() {
+        let uri: FileUri = serde_json::from_str(r#""file:\/\/\/x""#).unwrap();
+        assert_eq!(serde_json::to_string(&uri).unwrap(), r#""file:///x""#);
+        assert!(serde_json::from_str::<FileUri>(r#""/x""#).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn absolute_posix_paths_come_back_as_they_were(path in "/\\PC{0,80}") {
+            let root = FileUri::parse("file:///").unwrap();
+            let uri = FileUri::from_native(&path, false, &root, &root).unwrap();
+            prop_assert_eq!(FileUri::parse(uri.as_str()).unwrap(), uri.clone());
+            prop_assert_eq!(uri.to_native().unwrap(), path);
+        }
+
+        #[test]
+        fn every_path_becomes_a_uri_that_parses_or_is_refused(path in "(~|[A-Za-z]:|\\\\\\\\|/)?[\\PC/\\\\]{0,40}", windows: bool) {
+            let base = FileUri::parse("file:///C:/base").unwrap();
+            if let Ok(uri) = FileUri::from_native(&path, windows, &base, &base) {
+                prop_assert_eq!(FileUri::parse(uri.as_str()).unwrap(), uri);
+            }
+        }
+    }
+}

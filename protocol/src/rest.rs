@@ -336,3 +336,129 @@ impl fmt::Debug for KeyBytes {
         f.debug_struct("KeyBytes").field("x25519", &STANDARD.encode(self.x25519)).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::{json, to_string, to_value};
+
+    use super::*;
+
+    #[test]
+    fn errors_tell_whether_work_ran_only_where_that_is_in_doubt() {
+        let plain = ErrorBody::new("unknown_tool", "no such tool: x");
+        assert_eq!(to_string(&plain).unwrap(), r#"{"error":{"code":"unknown_tool","message":"no such tool: x"}}"#);
+        let mut doubtful = ErrorBody::new("executor_unreachable", "gone");
+        doubtful.error.ran = Some(Ran::Unknown);
+        assert_eq!(to_value(&doubtful).unwrap()["error"]["ran"], "unknown");
+    }
+
+    #[test]
+    fn an_environment_stands_on_the_wire_as_existing_clients_read_it() {
+        let tool = ToolInfo {
+            name: "shell".into(),
+            description: "Run a command synchronously.".into(),
+            kind: "core".into(),
+            input_schema: None,
+        };
+        let mut env = Env {
+            name: "my-mac".into(),
+            kind: "executor".into(),
+            is_default: false,
+            tools: vec![tool],
+            last_seen: Some("2026-05-20T10:00:00Z".into()),
+        };
+        assert_eq!(
+            to_string(&EnvList { envs: vec![env.clone()] }).unwrap(),
+            concat!(
+                r#"{"envs":[{"name":"my-mac","type":"executor","is_default":false,"tools":[{"name":"shell","#,
+                r#""description":"Run a command synchronously.","kind":"core"}],"last_seen":"2026-05-20T10:00:00Z"}]}"#
+            )
+        );
+        env.last_seen = None;
+        env.tools[0].input_schema = Some(json!({"type": "object"}));
+        let value = to_value(env).unwrap();
+        assert_eq!(value.get("last_seen"), None);
+        assert_eq!(value["tools"][0]["inputSchema"]["type"], "object");
+        assert_eq!(to_string(&EnvList::default()).unwrap(), r#"{"envs":[]}"#);
+    }
+
+    #[test]
+    fn missing_arguments_reach_a_tool_as_null() {
+        let call: ToolCall = serde_json::from_str(r#"{"tool":"shell","new":1}"#).unwrap();
+        assert_eq!(call, ToolCall { tool: "shell".into(), arguments: Value::Null });
+        assert!(serde_json::from_str::<ToolCall>(r#"{"tool":1}"#).is_err());
+    }
+
+    #[test]
+    fn a_tool_result_always_says_whether_it_is_an_error() {
+        assert_eq!(
+            to_string(&ToolResult::text("ok")).unwrap(),
+            r#"{"content":[{"type":"text","text":"ok"}],"isError":false}"#
+        );
+        let failed = ToolResult { structured_content: Some(json!({"exit_code": null})), ..ToolResult::error("no") };
+        assert_eq!(
+            to_string(&failed).unwrap(),
+            r#"{"content":[{"type":"text","text":"no"}],"structuredContent":{"exit_code":null},"isError":true}"#
+        );
+    }
+
+    #[test]
+    fn executors_of_every_kind_can_register() {
+        let direct: RegisterRequest = serde_json::from_str(r#"{"transport":"direct_jsonrpc_v1"}"#).unwrap();
+        assert_eq!(direct.transport.as_deref(), Some(DIRECT_TRANSPORT));
+        let agentx: RegisterRequest = serde_json::from_str(r#"{"id":"exe_1","public_key":""}"#).unwrap();
+        assert_eq!(agentx, RegisterRequest::default());
+        let key = KeyBytes { x25519: [1; 32], mlkem768: Box::new([2; 1184]) }.encode();
+        let noise = json!({"security_profile": SECURITY_PROFILE, "executor_public_key": key});
+        let noise: RegisterRequest = serde_json::from_value(noise).unwrap();
+        assert_eq!(noise.executor_public_key, Some(key));
+    }
+
+    #[test]
+    fn a_registration_answers_only_what_its_kind_of_executor_reads() {
+        let answer = RegisterResponse {
+            environment_id: Some("exe_1".into()),
+            url: "ws://h/x".into(),
+            transport: Some(DIRECT_TRANSPORT.into()),
+            registration_id: Some("exr_1".into()),
+            ..RegisterResponse::default()
+        };
+        let wanted = json!({"environment_id": "exe_1", "url": "ws://h/x", "transport": "direct_jsonrpc_v1", "registration_id": "exr_1"});
+        assert_eq!(to_value(answer).unwrap(), wanted);
+    }
+
+    #[test]
+    fn keys_are_compared_by_their_bytes_and_refused_by_name() {
+        let bytes = KeyBytes { x25519: [1; 32], mlkem768: Box::new([2; 1184]) };
+        let key = bytes.encode();
+        assert_eq!((key.x25519_public_key.len(), key.mlkem768_public_key.len()), (44, 1580));
+        assert_eq!(key.decode(), Ok(bytes));
+        assert_eq!(HarnessKey { suite: "other".into(), ..key.clone() }.decode(), Err(KeyError::Suite));
+        let short = HarnessKey { x25519_public_key: STANDARD.encode([1; 31]), ..key.clone() };
+        assert_eq!(short.decode(), Err(KeyError::X25519));
+        assert_eq!(HarnessKey { mlkem768_public_key: "?".into(), ..key }.decode(), Err(KeyError::MlKem768));
+    }
+
+    #[test]
+    fn debug_output_shows_no_rights() {
+        let key = KeyBytes { x25519: [1; 32], mlkem768: Box::new([2; 1184]) }.encode();
+        let secret = || "secret".to_owned();
+        let validate = ValidateRequest {
+            executor_registration_id: "exr_1".into(),
+            harness_public_key: key.clone(),
+            harness_key_authorization: secret(),
+        };
+        let connect = ConnectResponse {
+            environment_id: "exe_1".into(),
+            url: secret(),
+            security_profile: SECURITY_PROFILE.into(),
+            executor_registration_id: "exr_1".into(),
+            executor_public_key: key,
+            harness_key_authorization: secret(),
+        };
+        let register = RegisterResponse { url: secret(), ..RegisterResponse::default() };
+        let call = ToolCall { tool: "shell".into(), arguments: json!({"env": "secret"}) };
+        assert!(!format!("{validate:?}{connect:?}{register:?}{call:?}").contains("secret"));
+    }
+}

@@ -864,3 +864,223 @@ pub struct FsClose {
     /// The handle.
     pub handle_id: String,
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn uri(text: &str) -> FileUri {
+        FileUri::parse(text).unwrap()
+    }
+
+    #[test]
+    fn messages_are_told_apart_by_shape_whatever_the_order() {
+        let parsed = |text| format!("{:?}", Incoming::parse(text));
+        assert_eq!(parsed(br#"{"result":{},"id":7}"#), "Ok(Response { id: Number(7), .. })");
+        assert_eq!(parsed(br#"{"jsonrpc":"2.0","id":"a","result":null}"#), r#"Ok(Response { id: Text("a"), .. })"#);
+        assert_eq!(parsed(br#"{"method":"m","params":{}}"#), r#"Ok(Notification { method: "m", .. })"#);
+        assert_eq!(
+            parsed(br#"{"params":null,"method":"m","id":1,"trace":{}}"#),
+            r#"Ok(Request { id: Number(1), method: "m", .. })"#
+        );
+        assert_eq!(
+            parsed(br#"{"error":{"code":-32600,"message":"bad","data":1},"id":-1}"#),
+            r#"Ok(Error { id: Number(-1), error: RpcError { code: -32600, message: "bad" } })"#
+        );
+    }
+
+    #[test]
+    fn what_is_no_single_message_is_refused() {
+        for text in [r#"{}"#, r#"{"id":1}"#, r#"{"id":1,"method":"m","result":1}"#, r#"{"result":1}"#] {
+            assert_eq!(Incoming::parse(text.as_bytes()).unwrap_err(), RpcParseError::Shape, "{text}");
+        }
+        let error_and_result = br#"{"id":1,"result":1,"error":{"code":1,"message":""}}"#;
+        assert_eq!(Incoming::parse(error_and_result).unwrap_err(), RpcParseError::Shape);
+        let batch = r#"[{"id":1,"method":"m"}]"#;
+        for text in [r#"{"id":null,"method":"m"}"#, r#"{"id":1.5,"method":"m"}"#, "", r#"{"id":1"#, batch] {
+            assert!(matches!(Incoming::parse(text.as_bytes()), Err(RpcParseError::Unreadable { .. })), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_parse_error_does_not_repeat_the_text() {
+        let error = Incoming::parse(br#"{"id":true,"method":"m","params":"secret"}"#).unwrap_err();
+        assert!(!error.to_string().contains("true"));
+        let error = serde_json::from_str::<Base64Bytes>(r#""secret!""#).unwrap_err();
+        assert!(!error.to_string().contains("secret"));
+    }
+
+    #[test]
+    fn method_names_and_parameters_are_borrowed_from_the_text() {
+        let text = br#"{"method":"process/output","params":{"a":1}}"#;
+        let Ok(Incoming::Notification { method: Cow::Borrowed(_), params: Some(params) }) = Incoming::parse(text)
+        else {
+            panic!("a notification with a borrowed name");
+        };
+        assert!(text.as_ptr_range().contains(&params.get().as_ptr()));
+    }
+
+    #[test]
+    fn null_parameters_and_missing_ones_are_told_apart() {
+        let params = |text| match Incoming::parse(text) {
+            Ok(Incoming::Notification { params, .. }) => params.map(|params| params.get().to_owned()),
+            other => panic!("a notification, not {other:?}"),
+        };
+        assert_eq!(params(br#"{"method":"m","params":null}"#).as_deref(), Some("null"));
+        assert_eq!(params(br#"{"method":"m"}"#), None);
+    }
+
+    #[test]
+    fn requests_look_as_a_real_harness_writes_them() {
+        let start = ProcessStart {
+            process_id: "p1".into(),
+            argv: vec!["/bin/sh".into()],
+            cwd: uri("file:///tmp"),
+            env: BTreeMap::from([("PATH".into(), "/bin".into())]),
+            tty: false,
+            pipe_stdin: false,
+            arg0: None,
+            env_policy: Some(EnvPolicy {
+                inherit: EnvInherit::All,
+                ignore_default_excludes: false,
+                exclude: vec!["AWS_*".into()],
+                set: BTreeMap::new(),
+                include_only: vec![],
+            }),
+            sandbox: None,
+        };
+        let text = String::from_utf8(encode_request(2, ProcessStart::NAME, &start)).unwrap();
+        assert_eq!(
+            text,
+            concat!(
+                r#"{"id":2,"method":"process/start","params":{"processId":"p1","argv":["/bin/sh"],"cwd":"file:///tmp","#,
+                r#""env":{"PATH":"/bin"},"tty":false,"pipeStdin":false,"arg0":null,"envPolicy":{"inherit":"all","#,
+                r#""ignoreDefaultExcludes":false,"exclude":["AWS_*"],"set":{},"includeOnly":[]}}}"#
+            )
+        );
+        let hello = Initialize { client_name: "gw".into(), resume_session_id: None };
+        assert_eq!(
+            encode_request(1, Initialize::NAME, &hello),
+            br#"{"id":1,"method":"initialize","params":{"clientName":"gw","resumeSessionId":null}}"#
+        );
+        assert_eq!(encode_notification(INITIALIZED, &Nothing {}), br#"{"method":"initialized","params":{}}"#);
+    }
+
+    #[test]
+    fn every_parameter_stands_under_the_name_executors_expect() {
+        let path = || uri("file:///f");
+        let bytes = || Base64Bytes(b"hi\n".to_vec());
+        let id = || "p".to_owned();
+        fn call<M: Method>(params: M) -> (&'static str, serde_json::Value) {
+            (M::NAME, serde_json::to_value(params).unwrap())
+        }
+        let all = [
+            (call(EnvironmentInfoRead {}), ("environment/info", json!({}))),
+            (
+                call(ProcessRead { process_id: id(), after_seq: Some(0), max_bytes: None, wait_ms: Some(0) }),
+                ("process/read", json!({"processId": "p", "afterSeq": 0, "maxBytes": null, "waitMs": 0})),
+            ),
+            (
+                call(ProcessWrite { process_id: id(), chunk: bytes(), write_id: "w1".into() }),
+                ("process/write", json!({"processId": "p", "chunk": "aGkK", "writeId": "w1"})),
+            ),
+            (
+                call(ProcessSignal { process_id: id(), signal: Signal::Interrupt }),
+                ("process/signal", json!({"processId": "p", "signal": "interrupt"})),
+            ),
+            (call(ProcessTerminate { process_id: id() }), ("process/terminate", json!({"processId": "p"}))),
+            (call(FsReadFile { path: path() }), ("fs/readFile", json!({"path": "file:///f"}))),
+            (
+                call(FsWriteFile { path: path(), data_base64: bytes() }),
+                ("fs/writeFile", json!({"path": "file:///f", "dataBase64": "aGkK"})),
+            ),
+            (
+                call(FsCreateDirectory { path: path(), recursive: false }),
+                ("fs/createDirectory", json!({"path": "file:///f", "recursive": false})),
+            ),
+            (call(FsGetMetadata { path: path() }), ("fs/getMetadata", json!({"path": "file:///f"}))),
+            (call(FsCanonicalize { path: path() }), ("fs/canonicalize", json!({"path": "file:///f"}))),
+            (call(FsReadDirectory { path: path() }), ("fs/readDirectory", json!({"path": "file:///f"}))),
+            (
+                call(FsRemove { path: path(), recursive: false, force: false }),
+                ("fs/remove", json!({"path": "file:///f", "recursive": false, "force": false})),
+            ),
+            (
+                call(FsOpen { handle_id: "h".into(), path: path(), mode: OpenMode::Replace }),
+                ("fs/open", json!({"handleId": "h", "path": "file:///f", "mode": "replace"})),
+            ),
+            (
+                call(FsReadBlock { handle_id: "h".into(), offset: 5, len: 9 }),
+                ("fs/readBlock", json!({"handleId": "h", "offset": 5, "len": 9})),
+            ),
+            (
+                call(FsWriteBlock { handle_id: "h".into(), offset: 5, chunk: bytes() }),
+                ("fs/writeBlock", json!({"handleId": "h", "offset": 5, "chunk": "aGkK"})),
+            ),
+            (call(FsClose { handle_id: "h".into() }), ("fs/close", json!({"handleId": "h"}))),
+        ];
+        for (ours, theirs) in all {
+            assert_eq!(ours, theirs);
+        }
+    }
+
+    #[test]
+    fn answers_of_a_real_executor_are_read() {
+        let page: ProcessOutputPage = serde_json::from_value(json!({
+            "chunks": [{"seq": 1, "stream": "stdout", "chunk": "b3V0Cg=="}, {"seq": 2, "stream": "pty", "chunk": ""}],
+            "nextSeq": 5, "exited": true, "exitCode": 3, "closed": true, "failure": null, "sandboxDenied": false
+        }))
+        .unwrap();
+        assert_eq!(page.chunks[0].chunk.0, b"out\n");
+        assert_eq!((page.next_seq, page.exit_code, page.chunks[1].stream), (5, Some(3), OutputStream::Pty));
+        let status = |text: &str| serde_json::from_value::<ProcessWritten>(json!({"status": text})).unwrap().status;
+        assert_eq!(status("unknownProcess"), WriteStatus::UnknownProcess);
+        assert_eq!(status("stdinClosed"), WriteStatus::StdinClosed);
+        assert_eq!(status("new in some version"), WriteStatus::Other);
+        let metadata: Metadata =
+            serde_json::from_value(json!({"isDirectory": false, "isFile": true, "isSymlink": true,
+            "size": 9, "createdAtMs": 0, "modifiedAtMs": 1_700_000_000_000_i64}))
+            .unwrap();
+        assert!(metadata.is_file && metadata.is_symlink && metadata.size == 9);
+        for nothing in ["{}", "null", r#"{"new":1}"#] {
+            assert!(serde_json::from_str::<Nothing>(nothing).is_ok(), "{nothing}");
+        }
+    }
+
+    #[test]
+    fn notifications_of_a_real_executor_are_read_also_with_escapes() {
+        let text = r#"{"processId":"p1","seq":1,"stream":"stderr","chunk":"\u0062\/8="}"#;
+        let output: ProcessOutput = serde_json::from_str(text).unwrap();
+        assert_eq!((output.chunk.0.as_slice(), output.stream), (b"o\xff".as_slice(), OutputStream::Stderr));
+        let exited: ProcessExited = serde_json::from_str(r#"{"processId":"p1","seq":3,"exitCode":-1}"#).unwrap();
+        assert_eq!((exited.exit_code, exited.sandbox_denied), (-1, false));
+        let closed: ProcessClosed = serde_json::from_str(r#"{"processId":"p1","seq":4}"#).unwrap();
+        assert_eq!(closed.seq, 4);
+    }
+
+    #[test]
+    fn an_environment_of_any_form_is_read() {
+        let info: EnvironmentInfo = serde_json::from_value(json!({
+            "shell": {"name": "bash", "path": "/bin/bash"}, "executorVersion": "0.169.0", "providerId": "sha256:00",
+            "cwd": "file:///srv/a%20b", "userHomeDir": "/not/a/uri", "tempDir": null, "platformOs": "linux",
+            "capabilities": {"fsWatchMissing": true}
+        }))
+        .unwrap();
+        assert_eq!(info.cwd, Some(uri("file:///srv/a%20b")));
+        assert_eq!((info.user_home_dir.as_ref(), info.temp_dir.as_ref()), (None, None));
+        assert!(!info.is_windows());
+        let old: Initialized = serde_json::from_str("{}").unwrap();
+        assert_eq!(old, Initialized { session_id: None, environment_info: EnvironmentInfo::default() });
+    }
+
+    #[test]
+    fn debug_output_shows_neither_session_ids_nor_bytes() {
+        let answer: Initialized = serde_json::from_str(r#"{"sessionId":"secret"}"#).unwrap();
+        let write = ProcessWrite { process_id: "p".into(), chunk: b"secret".to_vec().into(), write_id: "w".into() };
+        assert!(!format!("{answer:?}{write:?}").contains("secret"));
+        assert_eq!(answer.session_id.unwrap().reveal(), "secret");
+    }
+}

@@ -49,3 +49,46 @@ pub fn verify(ticket: &str, exe: &ExecutorId, now: u64, secret: &[u8]) -> Result
     let mac = mac::decode(mac).ok_or(TicketError::Malformed)?;
     if mac::verify(secret, signed, &mac) { Ok(()) } else { Err(TicketError::BadSignature) }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const SECRET: &[u8] = b"golden-secret";
+    // Computed with Python's hmac, independently of this crate.
+    const GOLDEN: &str = "exe_1.1700000300.gouRUo-GQF7LTYraeNcz6baU_mQ4stfoYGqQjfsCESM";
+
+    fn exe(id: &str) -> ExecutorId {
+        ExecutorId::new(id).unwrap()
+    }
+
+    #[test]
+    fn tickets_are_minted_to_the_letter_of_the_original() {
+        assert_eq!(mint(&exe("exe_1"), 1_700_000_300, SECRET), GOLDEN);
+    }
+
+    #[test]
+    fn a_ticket_is_good_until_the_second_of_its_expiry() {
+        assert_eq!(verify(GOLDEN, &exe("exe_1"), 1_700_000_299, SECRET), Ok(()));
+        assert_eq!(verify(GOLDEN, &exe("exe_1"), 1_700_000_300, SECRET), Err(TicketError::Expired));
+    }
+
+    #[test]
+    fn every_fault_of_a_ticket_has_its_name() {
+        let fault = |ticket: &str| verify(ticket, &exe("exe_1"), 0, SECRET).err();
+        assert_eq!(verify(GOLDEN, &exe("exe_2"), 0, SECRET), Err(TicketError::WrongExecutor));
+        assert_eq!(verify(GOLDEN, &exe("exe_1"), 0, b"other"), Err(TicketError::BadSignature));
+        assert_eq!(fault(&GOLDEN.replace("0300", "0301")), Some(TicketError::BadSignature));
+        for ticket in ["", "exe_1", "exe_1.5", "exe_1.5.6.AA", "exe_1.x.AA", "exe_1.-5.AA", "exe_1.5.?"] {
+            assert_eq!(fault(ticket), Some(TicketError::Malformed), "{ticket}");
+        }
+        assert_eq!(fault("exe_1.5."), Some(TicketError::BadSignature));
+    }
+
+    #[test]
+    fn an_unset_secret_verifies_nothing() {
+        let forged = mint(&exe("exe_1"), 9, b"");
+        assert_eq!(verify(&forged, &exe("exe_1"), 0, b""), Err(TicketError::BadSignature));
+    }
+}

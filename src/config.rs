@@ -1,20 +1,43 @@
 //! Every knob of the gateway with its default and unit. The only reader of the environment.
 //!
-//! One table below makes the types, the defaults, the names and the documentation of all knobs. A knob has one name:
-//! `auth.upstream_url` is `--auth-upstream-url`, `EXEC_GATEWAY_AUTH_UPSTREAM_URL` and `upstream_url` below `[auth]`.
+//! One table below makes the types, the defaults, the ranges, the names and the documentation of all knobs. A knob has
+//! one name: `auth.upstream_url` is `--auth-upstream-url`, `EXEC_GATEWAY_AUTH_UPSTREAM_URL` and `upstream_url` below
+//! `[auth]`.
 
+mod knob;
+mod resolve;
+
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+
+pub use knob::{Kind, Knob};
+pub use resolve::{ConfigFaults, Fault, Resolved, Source};
+
+use knob::Setting;
+
+macro_rules! knob {
+    ($config:ident . $($path:ident).+ : $ty:ty, $name:expr, [$($doc:literal)*], [$($range:expr)?]) => {
+        Knob {
+            name: $name,
+            doc: concat!($($doc, "\n"),*),
+            kind: <$ty as Setting>::KIND,
+            range: { let ranges: &[_] = &[$($range)?]; ranges.first() },
+            set: |$config, items| { $config.$($path).+ = Setting::parse(items)?; Ok(()) },
+            get: |$config| $config.$($path).+.show(),
+        }
+    };
+}
 
 macro_rules! config {
     (
         top { $( $(#[doc = $tdoc:literal])* $tfield:ident : $tty:ty = $tdefault:expr ),* $(,)? }
         $( $(#[doc = $sdoc:literal])* $section:ident : $Section:ident {
-            $( $(#[doc = $doc:literal])* $field:ident : $ty:ty = $default:expr ),* $(,)?
+            $( $(#[doc = $doc:literal])* $field:ident : $ty:ty = $default:expr $(=> $range:expr)? ),* $(,)?
         } )*
     ) => {
         /// The effective configuration of one gateway.
-        #[derive(Debug, Clone)]
+        #[derive(Debug, Clone, PartialEq)]
         pub struct Config {
             $( $(#[doc = $tdoc])* pub $tfield: $tty, )*
             $( $(#[doc = $sdoc])* pub $section: $Section, )*
@@ -28,7 +51,7 @@ macro_rules! config {
 
         $(
             $(#[doc = $sdoc])*
-            #[derive(Debug, Clone)]
+            #[derive(Debug, Clone, PartialEq)]
             pub struct $Section { $( $(#[doc = $doc])* pub $field: $ty, )* }
 
             impl Default for $Section {
@@ -37,12 +60,24 @@ macro_rules! config {
                 }
             }
         )*
+
+        /// Every knob: those without a section first, then section by section.
+        pub static KNOBS: &[Knob] = &[
+            $( knob!(config.$tfield: $tty, stringify!($tfield), [$($tdoc)*], []), )*
+            $( $( knob!(
+                config.$section.$field: $ty,
+                concat!(stringify!($section), ".", stringify!($field)), [$($doc)*], [$($range)?]
+            ), )* )*
+        ];
+
+        /// The sections of the configuration file, each with its sentence.
+        static SECTIONS: &[(&str, &str)] = &[ $( (stringify!($section), concat!($($sdoc),*)) ),* ];
     };
 }
 
 config! {
     top {
-        /// Addresses of the API, comma-separated.
+        /// Addresses of the API; comma-separated outside of files.
         listen: Vec<SocketAddr> = vec![SocketAddr::from(([127, 0, 0, 1], 6060))],
         /// Address of `/metrics`, `/healthz` and `/readyz` for operators.
         ops_listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 6061)),
@@ -59,113 +94,115 @@ config! {
     /// HTTP connections and requests.
     edge: Edge {
         /// Open connections of all listeners together; further ones wait to be accepted.
-        connections_max: usize = 20_000,
+        connections_max: usize = 20_000 => 1..=1_000_000,
         /// Time for a client to send a request's headers, in seconds.
-        header_timeout_secs: u64 = 10,
+        header_timeout_secs: u64 = 10 => 1..=600,
         /// Time for a client to send a request's body, in seconds.
-        body_timeout_secs: u64 = 120,
+        body_timeout_secs: u64 = 120 => 1..=86_400,
         /// Size of a request's headers together, in bytes; at least 8192.
-        header_bytes_max: usize = 64 * 1024,
+        header_bytes_max: usize = 64 * 1024 => 8192..=1024 * 1024,
         /// Size of a tool call's body, in bytes.
-        body_bytes_max: usize = 64 * 1024 * 1024,
+        body_bytes_max: usize = 64 * 1024 * 1024 => 1..=1024 * 1024 * 1024,
     }
 
     /// Who may call and connect.
     auth: Auth {
         /// Base URL of a service that validates proxy tokens and executor credentials. Empty: the gateway's own tokens only.
         upstream_url: Option<String> = None,
-        /// Shared secret sent to that service as `X-Internal-Secret`.
+        /// Shared secret sent to that service as `X-Internal-Secret`. Better given by file or by systemd.
         upstream_secret: Option<Secret> = None,
+        /// File that holds `auth.upstream_secret`. With neither given: `$CREDENTIALS_DIRECTORY/upstream_secret`, as systemd passes it.
+        upstream_secret_file: Option<PathBuf> = None,
         /// Time for that service to answer, in seconds.
-        upstream_timeout_secs: u64 = 5,
+        upstream_timeout_secs: u64 = 5 => 1..=60,
         /// How long a good token is believed without asking again, in seconds.
-        positive_ttl_secs: u64 = 300,
+        positive_ttl_secs: u64 = 300 => 1..=86_400,
         /// How long a refused token is refused without asking again, in seconds.
-        negative_ttl_secs: u64 = 30,
+        negative_ttl_secs: u64 = 30 => 1..=86_400,
         /// How long a token once good is believed while the service fails, in seconds since it was last confirmed.
-        stale_secs: u64 = 600,
+        stale_secs: u64 = 600 => 1..=86_400,
         /// Good tokens remembered.
-        positive_entries_max: usize = 65_536,
+        positive_entries_max: usize = 65_536 => 1..=10_000_000,
         /// Refused tokens remembered.
-        negative_entries_max: usize = 16_384,
+        negative_entries_max: usize = 16_384 => 1..=10_000_000,
         /// Questions to that service under way at once; further ones wait.
-        upstream_requests_max: usize = 64,
+        upstream_requests_max: usize = 64 => 1..=10_000,
         /// Life of the cap-tokens that the gateway mints for itself, in seconds.
-        cap_token_ttl_secs: u64 = 86_400,
+        cap_token_ttl_secs: u64 = 86_400 => 60..=30 * 86_400,
         /// Life of an executor's ticket, in seconds.
-        ticket_ttl_secs: u64 = 86_400,
+        ticket_ttl_secs: u64 = 86_400 => 60..=30 * 86_400,
         /// Life of the authorization of one handshake, in seconds.
-        harness_ttl_secs: u64 = 60,
+        harness_ttl_secs: u64 = 60 => 5..=3600,
         /// Revocations kept; a further one is refused.
-        revocations_max: usize = 100_000,
+        revocations_max: usize = 100_000 => 1..=10_000_000,
     }
 
     /// Executors and their sockets.
     link: Link {
         /// Interval of pings to an executor, in seconds.
-        ping_secs: u64 = 20,
+        ping_secs: u64 = 20 => 1..=3600,
         /// Silence after which an executor is taken for dead, in seconds.
-        dead_secs: u64 = 60,
+        dead_secs: u64 = 60 => 2..=86_400,
         /// Time for one write to an executor, in seconds.
-        write_timeout_secs: u64 = 10,
+        write_timeout_secs: u64 = 10 => 1..=600,
         /// Time for the encrypted handshake of a stream, in seconds.
-        handshake_timeout_secs: u64 = 10,
+        handshake_timeout_secs: u64 = 10 => 1..=600,
         /// Time for an executor to answer one request, in seconds.
-        answer_timeout_secs: u64 = 30,
+        answer_timeout_secs: u64 = 30 => 1..=3600,
         /// Time for a connected executor to answer a ping when another process wants its place, in seconds.
-        takeover_ping_secs: u64 = 3,
+        takeover_ping_secs: u64 = 3 => 1..=9,
         /// How long a register or validate is held and retried inside before it is answered, in seconds; executors wait 10.
-        register_hold_secs: u64 = 8,
+        register_hold_secs: u64 = 8 => 1..=9,
         /// How long a call waits for an executor that was seen lately, in seconds.
-        executor_wait_secs: u64 = 20,
+        executor_wait_secs: u64 = 20 => 1..=600,
         /// How lately that is, in seconds.
-        executor_seen_secs: u64 = 60,
+        executor_seen_secs: u64 = 60 => 1..=86_400,
         /// Streams on one executor's socket; executors serve 128.
-        streams_max: usize = 120,
+        streams_max: usize = 120 => 1..=128,
         /// Streams of one workspace on one executor's socket.
-        workspace_streams_max: usize = 80,
+        workspace_streams_max: usize = 80 => 1..=128,
         /// Handshakes under way on one executor's socket; executors hold 32.
-        handshakes_pending_max: usize = 16,
+        handshakes_pending_max: usize = 16 => 1..=32,
         /// Requests under way on one stream; further ones wait. Executors deadlock at about 500.
-        requests_in_flight_max: usize = 64,
+        requests_in_flight_max: usize = 64 => 1..=64,
         /// Frames waiting to be written to one executor; senders wait their turn.
-        outbox_frames_max: usize = 64,
+        outbox_frames_max: usize = 64 => 1..=65_536,
         /// Bytes waiting for the reader of one stream; past it the stream is reset.
-        stream_bytes_max: usize = 16 * 1024 * 1024,
+        stream_bytes_max: usize = 16 * 1024 * 1024 => 1..=1024 * 1024 * 1024,
         /// Size of one frame to or from an encrypted executor, in bytes; executors take 262144.
-        frame_bytes_max: usize = 256 * 1024,
+        frame_bytes_max: usize = 256 * 1024 => 4096..=262_144,
         /// Size of one JSON-RPC message, in bytes; executors take 67108864.
-        message_bytes_max: usize = 64 * 1024 * 1024,
+        message_bytes_max: usize = 64 * 1024 * 1024 => 4096..=67_108_864,
         /// Read buffer of one executor's socket, in bytes.
-        read_buffer_bytes: usize = 4096,
+        read_buffer_bytes: usize = 4096 => 512..=1024 * 1024,
         /// Registrations remembered for one executor; the oldest are forgotten.
-        registrations_max: usize = 8,
+        registrations_max: usize = 8 => 1..=1000,
     }
 
     /// Tenants.
     workspace: Workspaces {
         /// Tool calls at once of one workspace; further ones get 429.
-        calls_max: usize = 256,
+        calls_max: usize = 256 => 1..=1_000_000,
         /// Time after which an unused workspace is dropped from memory, in seconds.
-        idle_secs: u64 = 900,
+        idle_secs: u64 = 900 => 1..=30 * 86_400,
         /// Workspaces held in memory; past it the least lately used idle one is dropped.
-        entries_max: usize = 10_000,
+        entries_max: usize = 10_000 => 1..=10_000_000,
         /// How long a workspace's environment names are believed without reading the store again, in seconds.
-        resolver_ttl_secs: u64 = 10,
+        resolver_ttl_secs: u64 = 10 => 1..=3600,
     }
 
     /// Tool calls.
     tools: Tools {
         /// Time for a call that names none, in seconds.
-        timeout_secs: u64 = 60,
+        timeout_secs: u64 = 60 => 1..=86_400,
         /// Longest time a call may ask for, in seconds.
-        timeout_max_secs: u64 = 3600,
+        timeout_max_secs: u64 = 3600 => 1..=86_400,
         /// Bytes of output, or of a file, that one call returns.
-        output_bytes_max: usize = 32 * 1024 * 1024,
+        output_bytes_max: usize = 32 * 1024 * 1024 => 1..=64 * 1024 * 1024,
         /// Time after which a call still running sends its status and then spaces, in seconds; the Python client gives up after 30 s of silence.
-        keepalive_after_secs: u64 = 15,
+        keepalive_after_secs: u64 = 15 => 1..=29,
         /// Interval of those spaces, in seconds.
-        keepalive_secs: u64 = 10,
+        keepalive_secs: u64 = 10 => 1..=29,
         /// Variables of the executor's environment kept from commands, with `*` at the end for a prefix.
         env_exclude: Vec<String> = ["CODEX_*", "OPENAI_*", "AWS_*", "EXEC_*"].map(String::from).to_vec(),
     }
@@ -173,10 +210,194 @@ config! {
     /// Shutdown.
     drain: Drain {
         /// Time between not being ready and refusing new calls, in seconds.
-        announce_secs: u64 = 0,
-        /// Time for running calls to end, in seconds.
-        grace_secs: u64 = 30,
+        announce_secs: u64 = 0 => 0..=55,
+        /// Time for running calls to end, in seconds; together with `announce_secs` at most 55, since the process ends within 60.
+        grace_secs: u64 = 30 => 1..=55,
     }
+}
+
+impl Config {
+    /// All that is wrong with these values, in the order of the table; empty when a gateway can start with them.
+    pub fn validate(&self) -> Vec<Fault> {
+        let mut faults = Vec::new();
+        let mut wrong = |knob: &str, message: &str| faults.push(Fault::new(knob, message));
+
+        for knob in KNOBS {
+            if let (Some(range), Some(number)) = (knob.range, knob.get(self).as_u64())
+                && !range.contains(&number)
+            {
+                wrong(knob.name, &format!("{number} is not within {} to {}", range.start(), range.end()));
+            }
+        }
+
+        if self.listen.is_empty() {
+            wrong("listen", "the API needs at least one address");
+        }
+        for (nth, address) in self.listen.iter().enumerate() {
+            if self.listen[..nth].iter().any(|earlier| collide(earlier, address)) {
+                wrong("listen", &format!("{address} is taken by an earlier address of the list"));
+            }
+            if collide(address, &self.ops_listen) {
+                wrong("ops_listen", &format!("{} is taken by the API's {address}", self.ops_listen));
+            }
+        }
+
+        if let Some(url) = &self.public_url
+            && let Err(message) = check_url(url, &["http", "https", "ws", "wss"])
+        {
+            wrong("public_url", &message);
+        }
+        if let Some(url) = &self.auth.upstream_url {
+            if let Err(message) = check_url(url, &["http", "https"]) {
+                wrong("auth.upstream_url", &message);
+            } else if scheme(url) == "https" {
+                wrong(
+                    "auth.upstream_url",
+                    "https is not supported yet; reach the service over http on a private network",
+                );
+            }
+            if self.auth.upstream_secret.is_none() {
+                wrong("auth.upstream_secret", "is needed with auth.upstream_url; it or its file is not given");
+            }
+        }
+        if let Some(secret) = &self.auth.upstream_secret
+            && !is_header_value(secret.expose())
+        {
+            wrong("auth.upstream_secret", "holds characters that an HTTP header cannot carry");
+        }
+
+        if self.link.dead_secs <= self.link.ping_secs {
+            wrong(
+                "link.dead_secs",
+                "must be above link.ping_secs, or every executor is taken for dead between two pings",
+            );
+        }
+        if self.link.takeover_ping_secs >= self.link.register_hold_secs {
+            wrong(
+                "link.takeover_ping_secs",
+                "must be below link.register_hold_secs, within which the ping is answered",
+            );
+        }
+        if self.link.message_bytes_max < self.link.frame_bytes_max {
+            wrong("link.message_bytes_max", "must be at least link.frame_bytes_max, since a message fills a frame");
+        }
+        if self.tools.timeout_secs > self.tools.timeout_max_secs {
+            wrong("tools.timeout_secs", "must be at most tools.timeout_max_secs");
+        }
+        for pattern in &self.tools.env_exclude {
+            let name = pattern.strip_suffix('*').unwrap_or(pattern);
+            if pattern.is_empty() || name.contains(['*', '=']) {
+                wrong(
+                    "tools.env_exclude",
+                    &format!("`{pattern}` is not a variable's name, with `*` at the end at most"),
+                );
+            }
+        }
+        // Each is within its range already; saturating keeps absurd ones from wrapping round.
+        if self.drain.announce_secs.saturating_add(self.drain.grace_secs) > 55 {
+            wrong(
+                "drain.grace_secs",
+                "with drain.announce_secs must be at most 55: the process ends within 60 seconds",
+            );
+        }
+        faults
+    }
+
+    /// The state directory: the configured one, else `$STATE_DIRECTORY` (its first entry), else
+    /// `$XDG_STATE_HOME/exec-gateway`, else `~/.local/state/exec-gateway`. The directory may not exist yet.
+    ///
+    /// # Errors
+    /// [`NoStateDir`] when none of them is known.
+    pub fn state_dir(&self) -> Result<PathBuf, NoStateDir> {
+        self.state_dir.clone().or_else(|| usual_state_dir(|name| std::env::var_os(name))).ok_or(NoStateDir)
+    }
+
+    /// The configuration file with every knob at its default and its sentences above it.
+    pub fn sample() -> String {
+        let mut text = String::from(
+            "# Configuration of exec-gateway: every knob at its default.\n\
+             #\n\
+             # Flags win over the environment, which wins over this file. A knob has one name: upstream_url below [auth]\n\
+             # is --auth-upstream-url and EXEC_GATEWAY_AUTH_UPSTREAM_URL. An empty text is the same as none.\n",
+        );
+        let (defaults, mut current) = (Self::default(), None);
+        for knob in KNOBS {
+            if knob.section() != current {
+                current = knob.section();
+                let (name, doc) = SECTIONS.iter().find(|(name, _)| Some(*name) == current).expect("the same table");
+                text += &format!("\n\n{}[{name}]\n", comment(doc));
+            }
+            text += &format!("\n{}{} = {}\n", comment(&knob.doc()), knob.key(), knob.toml(&defaults));
+        }
+        text
+    }
+}
+
+/// Nothing says where the state of the gateway lives.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no state directory is known: give --state-dir, or set STATE_DIRECTORY, XDG_STATE_HOME or HOME")]
+pub struct NoStateDir;
+
+fn usual_state_dir(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    let set = |name| variable(name).filter(|value| !value.is_empty());
+    if let Some(given) = set("STATE_DIRECTORY") {
+        return std::env::split_paths(&given).next();
+    }
+    // The XDG specification has relative paths ignored.
+    let xdg = set("XDG_STATE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = xdg.or_else(|| set("HOME").map(|home| PathBuf::from(home).join(".local/state")))?;
+    Some(base.join("exec-gateway"))
+}
+
+/// Whether the second address cannot be bound while the first is. Port 0 is a different port each time.
+fn collide(one: &SocketAddr, other: &SocketAddr) -> bool {
+    one.port() != 0
+        && one.port() == other.port()
+        && one.is_ipv4() == other.is_ipv4()
+        && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
+}
+
+fn scheme(url: &str) -> String {
+    url.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase()).unwrap_or_default()
+}
+
+/// Messages never repeat the URL: somebody may have put a password into it.
+fn check_url(url: &str, schemes: &[&str]) -> Result<(), String> {
+    if !schemes.contains(&scheme(url).as_str()) {
+        return Err(format!("must start with {}://", schemes.join(":// or ")));
+    }
+    let parsed: hyper::Uri = url.parse().map_err(|_| "is not a URL".to_string())?;
+    if parsed.host().is_none_or(str::is_empty) {
+        return Err("names no host".into());
+    }
+    if knob::has_user_info(url) {
+        return Err(knob::USER_INFO.into());
+    }
+    // The parser drops a fragment silently, so the text itself is looked at.
+    if url.contains(['?', '#']) {
+        return Err("is a base to which paths are added; it cannot have `?` or `#`".into());
+    }
+    Ok(())
+}
+
+/// Visible ASCII with blanks only inside: what every HTTP implementation passes on unchanged.
+fn is_header_value(text: &str) -> bool {
+    text.trim() == text && text.bytes().all(|byte| (b' '..=b'~').contains(&byte))
+}
+
+/// The sentences as lines of comment of at most 118 columns.
+fn comment(doc: &str) -> String {
+    let mut lines = vec![String::from("#")];
+    for word in doc.split_whitespace() {
+        if lines.last().is_some_and(|line| line.len() + 1 + word.len() > 118) {
+            lines.push(String::from("#"));
+        }
+        if let Some(line) = lines.last_mut() {
+            line.push(' ');
+            line.push_str(word);
+        }
+    }
+    lines.join("\n") + "\n"
 }
 
 /// Least severe level of log lines.
@@ -221,5 +442,99 @@ impl Secret {
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("***")
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn places(change: impl FnOnce(&mut Config)) -> Vec<String> {
+        let mut config = Config::default();
+        change(&mut config);
+        config.validate().into_iter().map(|fault| fault.place).collect()
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        assert_eq!(Config::default().validate(), []);
+    }
+
+    #[test]
+    fn every_number_has_a_range_and_is_held_to_it() {
+        for knob in KNOBS.iter().filter(|knob| knob.kind == Kind::Number) {
+            let range = knob.range.unwrap_or_else(|| panic!("{} has no range", knob.name));
+            let mut config = Config::default();
+            knob.set(&mut config, &[(range.end() + 1).to_string()]).unwrap();
+            assert!(config.validate().iter().any(|fault| fault.place == knob.name), "{}", knob.name);
+        }
+    }
+
+    #[test]
+    fn values_that_contradict_each_other_are_named() {
+        assert_eq!(places(|config| config.link.dead_secs = 20), ["link.dead_secs"]);
+        assert_eq!(places(|config| config.link.takeover_ping_secs = 8), ["link.takeover_ping_secs"]);
+        assert_eq!(places(|config| config.link.message_bytes_max = 8192), ["link.message_bytes_max"]);
+        assert_eq!(places(|config| config.tools.timeout_secs = 3601), ["tools.timeout_secs"]);
+        assert_eq!(places(|config| config.drain.announce_secs = 26), ["drain.grace_secs"]);
+        assert_eq!(places(|config| config.tools.env_exclude = vec!["A*B".into()]), ["tools.env_exclude"]);
+    }
+
+    #[test]
+    fn addresses_are_distinct_unless_the_port_is_chosen_by_the_system() {
+        let address = |text: &str| text.parse::<SocketAddr>().unwrap();
+        assert_eq!(places(|config| config.listen.clear()), ["listen"]);
+        assert_eq!(places(|config| config.ops_listen = config.listen[0]), ["ops_listen"]);
+        assert_eq!(places(|config| config.ops_listen = address("0.0.0.0:6060")), ["ops_listen"]);
+        assert_eq!(places(|config| config.listen.push(config.listen[0])), ["listen"]);
+        let any_port = places(|config| {
+            config.listen = vec![address("127.0.0.1:0"), address("127.0.0.1:0")];
+            config.ops_listen = address("127.0.0.1:0");
+        });
+        assert!(any_port.is_empty(), "{any_port:?}");
+    }
+
+    #[test]
+    fn urls_need_a_known_scheme_and_a_host() {
+        for good in ["http://gateway.test", "https://gateway.test/base", "ws://[::1]:80", "WSS://gateway.test/"] {
+            assert_eq!(places(|config| config.public_url = Some(good.into())), Vec::<String>::new(), "{good}");
+        }
+        for bad in ["gateway.test", "ftp://gateway.test", "http://", "http://a b", "http://u@host", "http://host?q"] {
+            assert_eq!(places(|config| config.public_url = Some(bad.into())), ["public_url"], "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_upstream_needs_plain_http_and_a_secret_that_fits_a_header() {
+        let upstream = |url: &str, secret: Option<&str>| {
+            places(|config| {
+                config.auth.upstream_url = Some(url.into());
+                config.auth.upstream_secret = secret.map(|text| Secret::new(text.into()));
+            })
+        };
+        assert_eq!(upstream("http://upstream.test", Some("s3cret")), Vec::<String>::new());
+        assert_eq!(upstream("https://upstream.test", Some("s3cret")), ["auth.upstream_url"]);
+        assert_eq!(upstream("http://upstream.test", None), ["auth.upstream_secret"]);
+        assert_eq!(upstream("http://upstream.test", Some("line\nbreak")), ["auth.upstream_secret"]);
+    }
+
+    /// `REWRITE=1 cargo test` brings the file up to date after a change of the table.
+    #[test]
+    fn the_file_in_deploy_lists_every_knob_at_its_default() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/exec-gateway.toml");
+        if std::env::var_os("REWRITE").is_some() {
+            std::fs::write(&path, Config::sample()).unwrap();
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text == Config::sample(), "deploy/exec-gateway.toml is out of date: run this test with REWRITE=1");
+
+        let resolved = Config::resolve(&[], Some((&path, &text)), std::iter::empty()).unwrap();
+        assert_eq!(resolved.config, Config::default());
+        for (knob, source) in resolved.sources {
+            assert_eq!(source, Source::File, "{knob} is not in the file");
+        }
     }
 }

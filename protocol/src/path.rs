@@ -155,6 +155,18 @@ impl FileUri {
         })
     }
 
+    /// The directory that holds this path, by its text; `None` at a root.
+    pub fn parent(&self) -> Option<Self> {
+        let trimmed = self.0.trim_end_matches('/');
+        let root = self.root();
+        let parent = &trimmed[..trimmed.rfind('/')?];
+        match parent.len() {
+            length if length < root.len() => None,
+            length if length == root.len() => Some(Self(format!("{root}/"))),
+            _ => Some(Self(parent.to_owned())),
+        }
+    }
+
     /// Host, and path from its first slash.
     fn parts(&self) -> (&str, &str) {
         let rest = &self.0["file://".len()..];

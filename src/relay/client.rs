@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::BytesMut;
 use serde_json::value::RawValue;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
@@ -15,12 +15,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::noise::{Channel, Context, GatewayIdentity, NoiseError, Pending, TAG_BYTES};
 use super::stream::{StreamEnd, StreamHandle};
-use crate::protocol::endpoint::{Endpoint, EndpointError};
+use crate::protocol::endpoint::{Endpoint, EndpointError, EndpointLimits};
 use crate::protocol::frame::{Body, Frame, data_header};
 use crate::protocol::message::{MessageError, MessageReader, RECORD_BYTES_MAX, write_message};
 use crate::protocol::rpc::{
-    EnvironmentInfo, Incoming, Initialize, Initialized, Method, Notification, ProcessClosed, ProcessExited, ProcessOutput, RpcError,
-    RpcParseError, encode_notification, encode_request,
+    EnvironmentInfo, INITIALIZED, Incoming, Initialize, Method, ProcessClosed, ProcessExited, ProcessOutput, RequestId,
+    RpcError, RpcParseError, encode_notification, encode_request,
 };
 
 /// How the gateway introduces itself.
@@ -29,6 +29,9 @@ const CLIENT_NAME: &str = "exec-gateway";
 /// Messages waiting to be encrypted; each caller has at most one here, and callers are bounded by
 /// `link.requests_in_flight_max`.
 const OUTGOING_MAX: usize = 64;
+
+/// Handles open at once; executors hold 128 per connection, and some may wait to be closed.
+const FILE_HANDLES_MAX: usize = 64;
 
 /// Why an executor could not be reached over a new stream.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +96,7 @@ struct Shared {
     calls: Mutex<Calls>,
     processes: Mutex<HashMap<String, ProcessHandler>>,
     in_flight: Arc<Semaphore>,
+    file_handles: Arc<Semaphore>,
     answer_timeout: Duration,
     ended: CancellationToken,
 }
@@ -170,6 +174,7 @@ impl Client {
             calls: Mutex::default(),
             processes: Mutex::default(),
             in_flight: Arc::new(Semaphore::new(settings.requests_in_flight_max)),
+            file_handles: Arc::new(Semaphore::new(FILE_HANDLES_MAX)),
             answer_timeout: Duration::from_secs(settings.answer_timeout_secs),
             ended: CancellationToken::new(),
         });
@@ -178,7 +183,7 @@ impl Client {
         let initialize = Initialize { client_name: CLIENT_NAME.into(), resume_session_id: None };
         let session = client.call(&initialize).await.map_err(ConnectError::Initialize)?;
         client.info = Arc::new(session.environment_info);
-        client.notify(&Initialized {}).await.map_err(ConnectError::Initialize)?;
+        client.notify(INITIALIZED, &serde_json::json!({})).await.map_err(ConnectError::Initialize)?;
         Ok(client)
     }
 
@@ -228,13 +233,14 @@ impl Client {
         receiver.await.unwrap_or(Err(CallError::Lost { sent: true }))
     }
 
-    /// Sends a notification.
-    ///
-    /// # Errors
-    /// [`CallError::Lost`] when the conversation is over.
-    pub async fn notify<N: Notification>(&self, params: &N) -> Result<(), CallError> {
-        let json = encode_notification(N::NAME, params);
+    async fn notify(&self, method: &str, params: &impl serde::Serialize) -> Result<(), CallError> {
+        let json = encode_notification(method, params);
         self.outgoing.send(Outgoing { id: None, json }).await.map_err(|_| CallError::Lost { sent: false })
+    }
+
+    /// Bounds the file handles open on this conversation.
+    pub fn file_handles(&self) -> Arc<Semaphore> {
+        self.shared.file_handles.clone()
     }
 
     /// Has the events of a process handed to `handler` until the subscription is dropped. Subscribe before starting
@@ -268,9 +274,9 @@ impl Shared {
 
     fn take_in(&self, message: &[u8]) -> Result<(), RpcParseError> {
         match Incoming::parse(message)? {
-            Incoming::Response { id, result } => self.answer(id.as_number(), Ok(result.to_owned())),
+            Incoming::Response { id, result } => self.answer(&id, Ok(result.to_owned())),
             // Malformed input is answered with id -1, which is never ours: numbers start at 1.
-            Incoming::Error { id, error } => self.answer(id.as_number(), Err(CallError::Rpc(error))),
+            Incoming::Error { id, error } => self.answer(&id, Err(CallError::Rpc(error))),
             Incoming::Notification { method, params } => self.notified(&method, params),
             // Asked only when a start carried a network proxy, which ours never does.
             Incoming::Request { method, .. } => tracing::debug!(%method, "request of an executor ignored"),
@@ -278,8 +284,9 @@ impl Shared {
         Ok(())
     }
 
-    fn answer(&self, id: Option<i64>, answer: Result<Box<RawValue>, CallError>) {
-        let waiting = id.and_then(|id| self.calls().waiting.remove(&id));
+    fn answer(&self, id: &RequestId, answer: Result<Box<RawValue>, CallError>) {
+        let RequestId::Number(id) = id else { return };
+        let waiting = self.calls().waiting.remove(id);
         if let Some(waiting) = waiting {
             // The caller may have left.
             let _ = waiting.answer.send(answer);
@@ -320,6 +327,7 @@ impl Shared {
             let _ = call.answer.send(Err(CallError::Lost { sent: call.sent }));
         }
         self.in_flight.close();
+        self.file_handles.close();
         self.ended.cancel();
         self.processes().clear();
     }
@@ -349,7 +357,7 @@ async fn run(
     let channel = Mutex::new(channel);
 
     let reads = async {
-        let mut endpoint = Endpoint::new(message_bytes_max);
+        let mut endpoint = Endpoint::new(EndpointLimits { message_bytes_max, ..EndpointLimits::default() });
         let mut reader = MessageReader::new(message_bytes_max);
         loop {
             let Body::Data(data) = stream.receive().await? else { continue };
@@ -364,20 +372,18 @@ async fn run(
         }
     };
     let writes = async {
-        let mut seq = 0_u32;
+        let mut endpoint = Endpoint::new(EndpointLimits::default());
         while let Some(message) = messages.recv().await {
-            if let Some(waiting) = message.id.and_then(|id| shared.calls().waiting.get_mut(&id).map(|w| w.sent = true))
-            {
-                let () = waiting;
+            if let Some(waiting) = message.id.and_then(|id| shared.calls().waiting.get_mut(&id)) {
+                waiting.sent = true;
             }
-            let mut plain = bytes::BytesMut::with_capacity(4 + message.json.len());
+            let mut plain = BytesMut::with_capacity(4 + message.json.len());
             write_message(&mut plain, &message.json);
             for record in plain.chunks(RECORD_BYTES_MAX) {
                 let length = record.len() + TAG_BYTES;
-                let mut frame = data_header(&stream_id, seq, length, length);
+                let mut frame = data_header(&stream_id, endpoint.next_seq()?, length, length);
                 channel.lock().unwrap_or_else(PoisonError::into_inner).seal(record, &mut frame)?;
                 link.send(frame.freeze()).await?;
-                seq = seq.checked_add(1).ok_or(End::Unused)?;
             }
         }
         Err::<(), End>(End::Unused)
@@ -397,9 +403,3 @@ impl std::fmt::Debug for Client {
         f.debug_struct("Client").field("ended", &self.is_ended()).finish_non_exhaustive()
     }
 }
-
-/// Bytes that one block request carries at most (codex-exec-server.md §6).
-pub const BLOCK_BYTES_MAX: usize = 1024 * 1024;
-
-#[allow(unused)]
-type _Unused = Bytes;

@@ -356,8 +356,8 @@ impl Store {
         .await
     }
 
-    /// Stores a revocation. One of the same scope is joined with it: the later of both times each. One that may be
-    /// forgotten when this one is made counts no more.
+    /// Stores a revocation. One of the same scope is joined with it: the later of both times each. Those that
+    /// may be forgotten when this one is made give it their places.
     ///
     /// # Errors
     /// `Conflict` if `max` others are live: dropping one of them would make valid again what it ended.
@@ -365,11 +365,11 @@ impl Store {
         self.write(move |tx| {
             let Revocation { scope, revoked_at, forget_at } = &revocation;
             let (scope, name) = scope_names(scope);
-            let live: i64 = tx.query_row(
-                "SELECT count(*) FROM revocations WHERE forget_at > ? AND (scope, name) <> (?, ?)",
-                params![nanos(*revoked_at), scope, name],
-                |row| row.get(0),
-            )?;
+            tx.execute("DELETE FROM revocations WHERE forget_at <= ?", [nanos(*revoked_at)])?;
+            let live: i64 =
+                tx.query_row("SELECT count(*) FROM revocations WHERE (scope, name) <> (?, ?)", [scope, name], |row| {
+                    row.get(0)
+                })?;
             if live >= count(max) {
                 return Err(StoreError::Conflict(format!("{max} revocations are live, and no more are kept")));
             }

@@ -269,8 +269,9 @@ async fn a_live_revocation_is_never_dropped_for_a_new_one() {
     // Revoking again what is revoked takes no further place, and an ended one gives its place away.
     store.add_revocation(revoked_turn("t1", 4, 90), 2).await.unwrap();
     store.add_revocation(revoked_turn("t3", 60, 100), 2).await.unwrap();
-    assert_eq!(store.forget_revocations(at(60)).await.unwrap(), 1);
     assert_eq!(store.revocations().await.unwrap(), [revoked_turn("t1", 4, 100), revoked_turn("t3", 60, 100)]);
+    assert_eq!(store.forget_revocations(at(99)).await.unwrap(), 0);
+    assert_eq!(store.forget_revocations(at(100)).await.unwrap(), 2);
 }
 
 #[tokio::test]

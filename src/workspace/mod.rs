@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::auth::cap_token::CapTokenRefused;
+use crate::auth::cap_token::CapTokenError;
 use crate::auth::{Auth, Principal};
 use crate::config;
 use crate::protocol::ids::WorkspaceId;
@@ -64,7 +64,7 @@ pub enum ReachError {
     },
     /// The workspace's own right to open streams was refused.
     #[error("the workspace may not open streams")]
-    Refused(#[source] CapTokenRefused),
+    Refused(#[source] CapTokenError),
     /// The store does not answer.
     #[error("the environments of the workspace cannot be read")]
     Store(#[source] Arc<StoreError>),
@@ -145,15 +145,24 @@ impl Workspace {
         binding.cloned().ok_or_else(|| ReachError::NoEnvironment(name.to_owned()))
     }
 
+    /// The right under which this workspace's own clients open streams: a cap-token that the gateway mints for it and
+    /// renews before it ends.
+    ///
+    /// # Errors
+    /// [`ReachError::Refused`].
+    pub fn own_right(&self) -> Result<Principal, ReachError> {
+        let cap_tokens = self.corridor.auth.cap_tokens();
+        cap_tokens.verify(cap_tokens.for_workspace(&self.id).expose()).map_err(ReachError::Refused)
+    }
+
     /// Opens a stream to a bound executor: the only way from a caller to an executor, so rights and bounds are
     /// checked here and nowhere else. An executor that was connected lately is waited for.
     ///
     /// # Errors
     /// [`ReachError`]; nothing has reached the executor then.
-    pub async fn open_stream(&self, right: &StreamRight<'_>, binding: &Binding) -> Result<StreamHandle, ReachError> {
-        debug_assert_eq!(binding.workspace(), &self.id);
-        if let StreamRight::Workspace = right {
-            self.corridor.auth.cap_tokens().for_workspace(&self.id).map_err(ReachError::Refused)?;
+    pub async fn open_stream(&self, right: &Principal, binding: &Binding) -> Result<StreamHandle, ReachError> {
+        if right.workspace() != &self.id || binding.workspace() != &self.id {
+            return Err(ReachError::Refused(CapTokenError::Revoked));
         }
         let link = &self.corridor.link;
         let found = self.corridor.registry.link_soon(
@@ -167,12 +176,4 @@ impl Workspace {
             OpenError::TooManyStreams | OpenError::Taken => ReachError::TooManyStreams,
         })
     }
-}
-
-/// On whose behalf a stream is opened.
-pub enum StreamRight<'a> {
-    /// The workspace's own clients, shared by its callers, under the cap-token that the gateway mints for it.
-    Workspace,
-    /// One caller's own stream.
-    Caller(&'a Principal),
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 
-use super::{Corridor, ReachError, StreamRight, Workspace};
+use super::{ReachError, Workspace};
 use crate::protocol::ids::ExecutorId;
 use crate::relay::client::{Client, ConnectError};
 use crate::store::Binding;
@@ -68,13 +68,14 @@ impl Pool {
 }
 
 async fn open(workspace: Arc<Workspace>, binding: Binding) -> Result<Client, Arc<ReachError>> {
-    let stream = workspace.open_stream(&StreamRight::Workspace, &binding).await.map_err(Arc::new)?;
-    let corridor: &Corridor = workspace.corridor();
-    let authorization = corridor.auth.harness().mint(
+    let right = workspace.own_right().map_err(Arc::new)?;
+    let stream = workspace.open_stream(&right, &binding).await.map_err(Arc::new)?;
+    let corridor = workspace.corridor();
+    let authorization = corridor.auth.harnesses().mint(
         workspace.id(),
         binding.executor(),
         &stream.link().registration().id,
-        &corridor.identity.key_digest(),
+        corridor.identity.key_digest(),
     );
     Client::connect(stream, &corridor.identity, &authorization).await.map_err(|error| {
         tracing::warn!(executor = %binding.executor(), %error, "no conversation with the executor");

@@ -1,0 +1,98 @@
+//! The `serve` command: log lines, open-file limit, runtime and signals around one gateway. What the gateway does
+//! between its start and its shutdown is its own.
+
+use std::future::Future;
+use std::io::{IsTerminal, Write};
+use std::net::SocketAddr;
+
+use anyhow::Context;
+use exec_gateway::config::{Config, LogFormat, LogLevel};
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::prelude::*;
+
+/// Serves with a valid configuration until SIGTERM or SIGINT, then drains.
+///
+/// # Errors
+/// The gateway cannot start, or failed while it ran.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    start_logging(config.log_level, config.log_format);
+    raise_open_files();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
+    runtime.block_on(async {
+        // Listened to before the start, so that a signal in its midst drains instead of killing.
+        let shutdown = shutdown_signal().context("signals cannot be listened to")?;
+        serve(config, shutdown).await
+    })
+}
+
+async fn serve(_config: Config, _shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+    anyhow::bail!("this build has no gateway")
+}
+
+/// Tells whoever started the daemon that it serves, and on which ports. Not a log line: it is the same at any level
+/// and format.
+#[allow(dead_code)]
+pub fn announce_ready(listen: &[SocketAddr], ops: SocketAddr) {
+    // Nobody reading is no reason to end: the daemon serves all the same.
+    let _ = writeln!(std::io::stderr(), "{}", ready_line(listen, ops));
+}
+
+fn ready_line(listen: &[SocketAddr], ops: SocketAddr) -> String {
+    let listen: Vec<String> = listen.iter().map(SocketAddr::to_string).collect();
+    format!("exec-gateway ready listen={} ops={ops}", listen.join(","))
+}
+
+fn start_logging(level: LogLevel, format: LogFormat) {
+    let level = match level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
+    // The HTTP and WebSocket libraries log whole request lines below `warn`, and a query string may hold a ticket.
+    let targets = Targets::new().with_default(level.min(LevelFilter::WARN)).with_target("exec_gateway", level);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = match format {
+        LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => lines.json().boxed(),
+    };
+    tracing_subscriber::registry().with(lines.with_filter(targets)).init();
+}
+
+/// Every executor, harness and caller is an open file, and the usual soft limit is 1024.
+fn raise_open_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of open files could not be raised");
+    }
+}
+
+fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ready_line_lists_the_addresses_of_the_api_with_commas() {
+        let (first, second) = ("127.0.0.1:6060".parse().unwrap(), "[::1]:6060".parse().unwrap());
+        assert_eq!(
+            ready_line(&[first, second], "127.0.0.1:6061".parse().unwrap()),
+            "exec-gateway ready listen=127.0.0.1:6060,[::1]:6060 ops=127.0.0.1:6061"
+        );
+    }
+}

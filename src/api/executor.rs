@@ -1,0 +1,406 @@
+//! The executor's side: register, validate, and the socket that becomes its link.
+//!
+//! A refused register ends a stock executor for good, so registers and validates are held and tried again inside for
+//! as long as the executor waits, and are never shed (codex-exec-server.md §2.5).
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use hyper::body::Incoming;
+use hyper::header::{HOST, HeaderName, HeaderValue};
+use hyper::{HeaderMap, Request, Response};
+use tokio::time::{Instant, sleep, timeout_at};
+use uuid::Uuid;
+
+use super::error::ApiError;
+use super::{Api, json};
+use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
+use crate::edge::body::{self, Body};
+use crate::edge::router::percent_decode;
+use crate::edge::upgrade::{self, SocketLimits};
+use crate::ops::metrics::OutcomeLabel;
+use crate::protocol::ids::{ExecutorId, RegistrationId};
+use crate::protocol::rest::{
+    RegisterRequest, RegisterResponse, SECURITY_PROFILE, ValidateRequest, ValidateResponse,
+};
+use crate::protocol::ticket::TicketError;
+use crate::relay::link::{self, LinkEnd, LinkHandle};
+use crate::store::{Registration, StoreError, Transport};
+
+/// Pause between two tries inside a held request.
+const RETRY_PAUSE: Duration = Duration::from_millis(250);
+
+/// Largest register or validate; both are below 8 KiB.
+const BODY_BYTES_MAX: usize = 64 * 1024;
+
+const REJECTION_REASON: HeaderName = HeaderName::from_static("x-codex-rendezvous-rejection-reason");
+
+/// Which kind of executor registers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Door {
+    /// `/cloud/environment/{id}/register`, `/cloud/executor/{id}/register`
+    Codex,
+    /// `/agentx/environment/{id}/register`
+    Agentx,
+}
+
+/// Why a held request had no answer when its time was over.
+enum Held {
+    /// The credential could not be checked.
+    Auth(ExecutorAuthError),
+    /// The store did not answer.
+    Store(StoreError),
+    /// Another process of this executor is connected.
+    Occupied,
+}
+
+/// A request that the executor waits for.
+struct Hold {
+    until: Instant,
+}
+
+impl Hold {
+    fn new(api: &Api) -> Self {
+        Self { until: Instant::now() + Duration::from_secs(api.config.link.register_hold_secs) }
+    }
+
+    /// Tries until it works, the failure is final, or the time is over.
+    async fn attempt<T>(&self, mut attempt: impl AsyncFnMut() -> Result<T, Attempt>) -> Result<T, Refusal> {
+        let mut last = None;
+        loop {
+            match timeout_at(self.until, attempt()).await {
+                Ok(Ok(value)) => return Ok(value),
+                Ok(Err(Attempt::Final(error))) => return Err(Refusal::Final(error)),
+                Ok(Err(Attempt::Again(held))) => last = Some(held),
+                Err(_) => {
+                    let silent = StoreError::Unavailable("no answer in time".into());
+                    return Err(Refusal::Held(last.unwrap_or(Held::Store(silent))));
+                }
+            }
+            if Instant::now() + RETRY_PAUSE >= self.until {
+                return Err(Refusal::Held(last.expect("set by the try above")));
+            }
+            sleep(RETRY_PAUSE).await;
+        }
+    }
+}
+
+/// How one try ended.
+enum Attempt {
+    Again(Held),
+    Final(ApiError),
+}
+
+impl From<StoreError> for Attempt {
+    fn from(error: StoreError) -> Self {
+        Self::Again(Held::Store(error))
+    }
+}
+
+/// How all tries ended.
+enum Refusal {
+    Held(Held),
+    Final(ApiError),
+}
+
+impl Refusal {
+    /// The two answers after which an encrypted executor waits and comes again by itself.
+    fn into_error(self) -> ApiError {
+        match self {
+            Self::Final(error) => error,
+            Self::Held(Held::Auth(error)) => {
+                ApiError::new(502, "authentication_service_unavailable", "credentials cannot be checked at the moment")
+                    .caused_by(&error)
+            }
+            Self::Held(Held::Store(error)) => {
+                ApiError::new(503, "registration_conflict", "the gateway's store does not answer")
+                    .retry_after(2)
+                    .caused_by(&error)
+            }
+            Self::Held(Held::Occupied) => {
+                ApiError::new(503, "registration_conflict", "another process of this executor is connected")
+                    .retry_after(5)
+            }
+        }
+    }
+}
+
+/// `POST …/register`
+pub async fn register(
+    api: &Arc<Api>,
+    door: Door,
+    id: &str,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, ApiError> {
+    let hold = Hold::new(api);
+    let result = register_held(api, door, id, request, &hold).await;
+    let outcome = match &result {
+        Ok(_) => "ok",
+        Err(error) => error.code(),
+    };
+    api.metrics.registrations.get_or_create(&OutcomeLabel { outcome }).inc();
+    result
+}
+
+async fn register_held(
+    api: &Arc<Api>,
+    door: Door,
+    id: &str,
+    request: Request<Incoming>,
+    hold: &Hold,
+) -> Result<Response<Body>, ApiError> {
+    let executor = ExecutorId::new(id).map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
+    let (head, body) = request.into_parts();
+    let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.edge.header_timeout_secs)).await?;
+    let wanted = match door {
+        // What agentx sends is not needed, and older versions send nothing.
+        Door::Agentx => Wanted { transport: Transport::Agentx, public_key: Vec::new() },
+        Door::Codex => Wanted::parse(&body)?,
+    };
+    let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
+    let registered = hold
+        .attempt(async || {
+            let credential = verify(api, &executor, &head.headers).await?;
+            let store = &api.corridor.store;
+            // The same key is the same process, which registers again after a refused dial.
+            let known = match wanted.transport {
+                Transport::Noise => store.registration_by_key(&executor, &wanted.public_key).await?,
+                Transport::Relay | Transport::Direct | Transport::Agentx => None,
+            };
+            let known = known.map(|registration| registration.id);
+            if !api.corridor.registry.yields_to(&executor, known.as_ref(), takeover_wait).await {
+                return Err(match wanted.transport {
+                    Transport::Noise => Attempt::Final(Refusal::Held(Held::Occupied).into_error()),
+                    // These cannot be told to wait.
+                    Transport::Relay | Transport::Direct | Transport::Agentx => Attempt::Again(Held::Occupied),
+                });
+            }
+            let registration = Registration {
+                id: known.unwrap_or_else(new_registration_id),
+                executor: executor.clone(),
+                transport: wanted.transport,
+                public_key: wanted.public_key.clone(),
+                credential: credential.digest(),
+                created_at: SystemTime::now(),
+            };
+            store.save_registration(registration.clone(), api.config.link.registrations_max).await?;
+            Ok(registration)
+        })
+        .await
+        .map_err(Refusal::into_error)?;
+    tracing::info!(%executor, registration = %registered.id, transport = ?registered.transport, "executor registered");
+    Ok(json(&answer(api, door, &registered, &head.headers)))
+}
+
+/// What a register asks for.
+struct Wanted {
+    transport: Transport,
+    public_key: Vec<u8>,
+}
+
+impl Wanted {
+    fn parse(body: &[u8]) -> Result<Self, ApiError> {
+        let bad = |message: String| ApiError::new(400, "bad_request", message);
+        // Executors before the encrypted transport send no body or one that nobody needs.
+        let request: RegisterRequest = if body.is_empty() {
+            RegisterRequest::default()
+        } else {
+            serde_json::from_slice(body).map_err(|error| bad(error.to_string()))?
+        };
+        match request.security_profile.as_deref() {
+            None => Ok(Self { transport: Transport::Relay, public_key: Vec::new() }),
+            Some(SECURITY_PROFILE) => {
+                let key = request.executor_public_key.ok_or_else(|| bad("executor_public_key: missing".into()))?;
+                let key = key.decode().map_err(|error| bad(error.to_string()))?;
+                let mut public_key = key.x25519.to_vec();
+                public_key.extend_from_slice(key.mlkem768.as_slice());
+                Ok(Self { transport: Transport::Noise, public_key })
+            }
+            Some(_) => Err(bad(format!("security_profile: expected {SECURITY_PROFILE}"))),
+        }
+    }
+}
+
+fn new_registration_id() -> RegistrationId {
+    RegistrationId::new(&format!("exr_{}", Uuid::new_v4())).expect("a UUID is a path id")
+}
+
+async fn verify(api: &Api, executor: &ExecutorId, headers: &HeaderMap) -> Result<ExecutorCredential, Attempt> {
+    api.corridor.auth.executors().verify(executor, headers).await.map_err(|error| match error {
+        ExecutorAuthError::Unauthorized => Attempt::Final(ApiError::new(401, "unauthorized", "unauthorized")),
+        ExecutorAuthError::NotRegistered => Attempt::Final(ApiError::new(
+            403,
+            "executor_not_registered",
+            "no executor of this id is registered for this credential",
+        )),
+        ExecutorAuthError::Unavailable(_) => Attempt::Again(Held::Auth(error)),
+    })
+}
+
+fn answer(api: &Api, door: Door, registration: &Registration, headers: &HeaderMap) -> RegisterResponse {
+    let executor = &registration.executor;
+    let ticket = api.corridor.auth.tickets().mint(executor);
+    let base = websocket_base(api, headers);
+    let path = match door {
+        Door::Codex => "bridge",
+        Door::Agentx => "agentx",
+    };
+    // Ids and tickets consist of characters that need no escaping in a query.
+    let url = format!("{base}/{path}/{executor}?token={ticket}&reg={}", registration.id);
+    let encrypted = registration.transport == Transport::Noise;
+    RegisterResponse {
+        id: Some(executor.to_string()),
+        executor_id: Some(executor.to_string()),
+        environment_id: Some(executor.to_string()),
+        url,
+        security_profile: encrypted.then(|| SECURITY_PROFILE.to_owned()),
+        executor_registration_id: encrypted.then(|| registration.id.to_string()),
+        ..RegisterResponse::default()
+    }
+}
+
+/// Where the executor dials: the configured public URL, else the Host under which it has just reached us.
+fn websocket_base(api: &Api, headers: &HeaderMap) -> String {
+    match &api.config.public_url {
+        Some(url) => {
+            let url = url.trim_end_matches('/');
+            match url.split_once("://") {
+                Some(("http", rest)) => format!("ws://{rest}"),
+                Some(("https", rest)) => format!("wss://{rest}"),
+                _ => url.to_owned(),
+            }
+        }
+        None => {
+            let host = headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_host(host));
+            format!("ws://{}", host.unwrap_or("127.0.0.1"))
+        }
+    }
+}
+
+fn is_host(host: &str) -> bool {
+    !host.is_empty()
+        && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']'))
+}
+
+/// `POST …/validate`: may this harness key talk to this executor? Never asks upstream: the bearer is compared with the
+/// one that registered.
+pub async fn validate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let hold = Hold::new(api);
+    let (head, body) = request.into_parts();
+    let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.edge.header_timeout_secs)).await?;
+    let request: ValidateRequest = serde_json::from_slice(&body)
+        .map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
+    // 401 is about the executor's credential, a harness that may not is `valid: false`.
+    let unauthorized = || ApiError::new(401, "unauthorized", "unauthorized");
+    let shown = ExecutorCredential::shown(&head.headers).map_err(|_| unauthorized())?;
+    let (Ok(executor), Ok(registration)) =
+        (ExecutorId::new(id), RegistrationId::new(&request.executor_registration_id))
+    else {
+        return Ok(json(&ValidateResponse { valid: false }));
+    };
+    let valid = hold
+        .attempt(async || {
+            let store = &api.corridor.store;
+            let Some(stored) = store.registration(&registration).await? else { return Ok(false) };
+            if stored.executor != executor {
+                return Ok(false);
+            }
+            if !shown.is(&stored.credential) {
+                return Err(Attempt::Final(unauthorized()));
+            }
+            let Ok(key) = request.harness_public_key.decode() else { return Ok(false) };
+            let harnesses = api.corridor.auth.harnesses();
+            let authorization = &request.harness_key_authorization;
+            let Ok(workspace) = harnesses.verify(authorization, &executor, &registration, key.digest()) else {
+                return Ok(false);
+            };
+            Ok(store.binding(&workspace, &executor).await?.is_some())
+        })
+        .await
+        .map_err(Refusal::into_error)?;
+    Ok(json(&ValidateResponse { valid }))
+}
+
+/// `GET /bridge/{id}` with a ticket: the executor's socket.
+pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let query = request.uri().query().unwrap_or_default();
+    let Some(ticket) = parameter(query, "token") else {
+        // Harnesses show their credential in a header.
+        api.corridor.auth.principal(crate::auth::bearer(request.headers())?).await?;
+        return Err(ApiError::new(501, "not_implemented", "harness sockets are not served yet"));
+    };
+    let registration = parameter(query, "reg");
+    upgrade::check(request.headers())?;
+    if api.draining.load(std::sync::atomic::Ordering::Relaxed) {
+        return Err(ApiError::new(503, "draining", "the gateway is restarting").retry_after(1));
+    }
+    let unknown = || register_again("unknown_route");
+    let executor = ExecutorId::new(id).map_err(|_| unknown())?;
+    api.corridor.auth.tickets().verify(&ticket, &executor).map_err(|error| {
+        register_again(match error {
+            TicketError::Expired => "expired",
+            TicketError::BadSignature => "invalid_signature",
+            TicketError::Malformed | TicketError::WrongExecutor => "unknown_route",
+        })
+    })?;
+    let registration = registration.and_then(|id| RegistrationId::new(&id).ok()).ok_or_else(unknown)?;
+    // The executor waits 10 s for the upgrade, as for a register.
+    let registration = Hold::new(api)
+        .attempt(async || Ok(api.corridor.store.registration(&registration).await?))
+        .await
+        .map_err(Refusal::into_error)?
+        .filter(|stored| stored.executor == executor)
+        .ok_or_else(unknown)?;
+    if registration.transport != Transport::Noise {
+        let message = "only encrypted executors are served yet";
+        return Err(ApiError::new(503, "unsupported_transport", message).retry_after(30));
+    }
+    let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
+    if !api.corridor.registry.yields_to(&executor, Some(&registration.id), takeover_wait).await {
+        // 5xx: it dials the same URL again (codex-exec-server.md §2.5).
+        return Err(Refusal::Held(Held::Occupied).into_error());
+    }
+    let link = &api.corridor.link;
+    let limits = SocketLimits { read_buffer_bytes: link.read_buffer_bytes, message_bytes_max: link.frame_bytes_max };
+    let (response, socket) = upgrade::accept(request, limits);
+    let (handle, outbox) = LinkHandle::new(registration, link.clone(), api.metrics.clone());
+    let api = api.clone();
+    api.clone().links.spawn(async move {
+        let Some(socket) = socket.await else { return };
+        let _place = api.corridor.registry.attach(handle.clone());
+        tracing::info!(%executor, "executor connected");
+        seen(&api, &executor).await;
+        let end = link::run(socket, handle, outbox).await;
+        tracing::info!(%executor, ?end, "executor disconnected");
+        api.metrics.links_ended.get_or_create(&OutcomeLabel { outcome: end_label(end) }).inc();
+        seen(&api, &executor).await;
+    });
+    Ok(response)
+}
+
+/// Any 4xx makes an encrypted executor register again, which its credential decides; 401 is never used here.
+fn register_again(reason: &'static str) -> ApiError {
+    ApiError::new(404, "not_found", "register again").with_header(REJECTION_REASON, HeaderValue::from_static(reason))
+}
+
+fn end_label(end: LinkEnd) -> &'static str {
+    match end {
+        LinkEnd::Peer => "peer",
+        LinkEnd::Silent => "silent",
+        LinkEnd::WriteTimeout => "write_timeout",
+        LinkEnd::Failed => "failed",
+        LinkEnd::Closed(_) => "closed",
+    }
+}
+
+/// Calls after a restart wait for executors seen lately; a failure to say so costs no more than that.
+async fn seen(api: &Api, executor: &ExecutorId) {
+    if let Err(error) = api.corridor.store.touch_executors(vec![(executor.clone(), SystemTime::now())]).await {
+        tracing::warn!(%executor, %error, "the executor's last contact was not stored");
+    }
+}
+
+/// A query parameter, percent-decoded.
+fn parameter(query: &str, name: &str) -> Option<String> {
+    query.split('&').filter_map(|pair| pair.split_once('=')).find(|(key, _)| *key == name).and_then(|(_, value)| percent_decode(value))
+}

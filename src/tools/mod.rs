@@ -1,0 +1,232 @@
+//! The tools of a workspace: a closed list with schemas, and one dispatch.
+//!
+//! A tool that ran and failed is a [`ToolResult`] with `is_error`; a [`ToolError`] says that it did not get that far.
+
+mod open_file;
+mod read_file;
+mod shell;
+mod write_file;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::config;
+use crate::protocol::path::{FileUri, PathError};
+use crate::protocol::rest::{Ran, ToolInfo, ToolResult};
+use crate::protocol::rpc::{self, EnvironmentInfo, RpcError};
+use crate::relay::client::{CallError, Client};
+use crate::store::Binding;
+use crate::workspace::pool::{Pool, Use};
+use crate::workspace::{ReachError, Workspace};
+
+/// One tool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tool {
+    /// Runs a command to its end.
+    Shell,
+    /// Reads a file or a slice of it.
+    ReadFile,
+    /// Writes a file.
+    WriteFile,
+}
+
+/// One call of a tool, ready to run.
+pub struct Call<'a> {
+    /// Who calls.
+    pub workspace: Arc<Workspace>,
+    /// Where it runs.
+    pub binding: Binding,
+    /// Bounds and times.
+    pub settings: &'a config::Tools,
+    /// When the call arrived: its timeout counts from here.
+    pub started: Instant,
+    /// As the caller wrote them.
+    pub arguments: Value,
+}
+
+/// Why a tool did not run to a result.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    /// The arguments do not fit; the text names the field and what was expected.
+    #[error("{0}")]
+    Arguments(String),
+    /// The executor was not reached.
+    #[error(transparent)]
+    Reach(#[from] Arc<ReachError>),
+    /// The connection to the executor was lost.
+    #[error("the connection to the executor was lost during the call")]
+    Lost {
+        /// Whether the call may have run.
+        ran: Ran,
+    },
+    /// The executor is connected and does not answer.
+    #[error("the executor did not answer in time")]
+    NoAnswer {
+        /// Whether the call may have run.
+        ran: Ran,
+    },
+    /// The executor's answer makes no sense.
+    #[error("the executor's answer is malformed")]
+    Malformed(#[source] serde_json::Error),
+}
+
+impl Tool {
+    /// Every tool, in the order of the original's list.
+    pub const ALL: &'static [Self] = &[Self::Shell, Self::ReadFile, Self::WriteFile];
+
+    /// The tool of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|tool| tool.name() == name)
+    }
+
+    /// Its name on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Shell => "shell",
+            Self::ReadFile => "read_file",
+            Self::WriteFile => "write_file",
+        }
+    }
+
+    /// Whether it changes nothing, so that a read-only token may call it.
+    pub fn is_read_only(self) -> bool {
+        matches!(self, Self::ReadFile)
+    }
+
+    fn description(self) -> &'static str {
+        match self {
+            Self::Shell => shell::DESCRIPTION,
+            Self::ReadFile => read_file::DESCRIPTION,
+            Self::WriteFile => write_file::DESCRIPTION,
+        }
+    }
+
+    fn input_schema(self) -> Value {
+        let schema = match self {
+            Self::Shell => schemars::schema_for!(shell::Arguments),
+            Self::ReadFile => schemars::schema_for!(read_file::Arguments),
+            Self::WriteFile => schemars::schema_for!(write_file::Arguments),
+        };
+        let mut schema = schema.to_value();
+        if let Some(schema) = schema.as_object_mut() {
+            schema.remove("$schema");
+            schema.remove("title");
+        }
+        schema
+    }
+
+    /// What callers are told about it.
+    pub fn info(self) -> ToolInfo {
+        ToolInfo {
+            name: self.name().into(),
+            description: self.description().into(),
+            kind: "core".into(),
+            input_schema: Some(self.input_schema()),
+        }
+    }
+
+    /// Runs one call. Dropping the future ends what it started on the executor.
+    ///
+    /// # Errors
+    /// [`ToolError`].
+    pub async fn call(self, call: Call<'_>) -> Result<ToolResult, ToolError> {
+        match self {
+            Self::Shell => shell::call(call).await,
+            Self::ReadFile => read_file::call(call).await,
+            Self::WriteFile => write_file::call(call).await,
+        }
+    }
+}
+
+impl Call<'_> {
+    /// The arguments as the tool's own type.
+    fn arguments<T: DeserializeOwned>(&mut self) -> Result<T, ToolError> {
+        let arguments = match self.arguments.take() {
+            Value::Null => Value::Object(serde_json::Map::new()),
+            arguments => arguments,
+        };
+        serde_path_to_error::deserialize(arguments).map_err(|error| {
+            let path = error.path().to_string();
+            ToolError::Arguments(if path == "." {
+                format!("arguments: {}", error.inner())
+            } else {
+                format!("{path}: {}", error.inner())
+            })
+        })
+    }
+
+    /// When a call that may take `timeout_ms` is over.
+    fn deadline(&self, timeout_ms: Option<u64>) -> Result<Instant, ToolError> {
+        let max = Duration::from_secs(self.settings.timeout_max_secs);
+        let timeout = timeout_ms.map_or(Duration::from_secs(self.settings.timeout_secs), Duration::from_millis);
+        if timeout.is_zero() || timeout > max {
+            return Err(ToolError::Arguments(format!("timeout_ms: expected 1 to {}", max.as_millis())));
+        }
+        Ok(self.started + timeout)
+    }
+
+    async fn client(&self, purpose: Use, deadline: Instant) -> Result<Client, ToolError> {
+        let client = Pool::client(&self.workspace, &self.binding, purpose);
+        match tokio::time::timeout_at(deadline, client).await {
+            Ok(client) => Ok(client?),
+            Err(_) => Err(ToolError::NoAnswer { ran: Ran::No }),
+        }
+    }
+}
+
+impl From<CallError> for ToolError {
+    /// For calls whose refusal by the executor is not a result of the tool.
+    fn from(error: CallError) -> Self {
+        match error {
+            CallError::Lost { sent: false } => Self::Lost { ran: Ran::No },
+            CallError::Lost { sent: true } => Self::Lost { ran: Ran::Unknown },
+            CallError::NoAnswer | CallError::Rpc(_) => Self::NoAnswer { ran: Ran::Unknown },
+            CallError::Malformed(error) => Self::Malformed(error),
+        }
+    }
+}
+
+/// Runs the part of a call that has no other way to end in time.
+async fn before(
+    deadline: Instant,
+    call: impl Future<Output = Result<ToolResult, ToolError>>,
+) -> Result<ToolResult, ToolError> {
+    tokio::time::timeout_at(deadline, call).await.unwrap_or(Err(ToolError::NoAnswer { ran: Ran::Unknown }))
+}
+
+/// Splits what an executor answered into a result of the tool (it refused) and a failure to get that far.
+fn refused<T>(answer: Result<T, CallError>) -> Result<Result<T, RpcError>, ToolError> {
+    match answer {
+        Ok(answer) => Ok(Ok(answer)),
+        Err(CallError::Rpc(error)) => Ok(Err(error)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A refusal of the executor as the tool's result. `code` lets programs tell the kinds apart.
+fn failure(tool: Tool, error: &RpcError) -> ToolResult {
+    let code = match error.code {
+        rpc::NOT_FOUND => "not_found",
+        rpc::INVALID_REQUEST | rpc::INVALID_PARAMS => "invalid",
+        _ => "failed",
+    };
+    coded_failure(code, format!("{} failed: {}", tool.name(), error.message))
+}
+
+fn coded_failure(code: &str, message: String) -> ToolResult {
+    ToolResult { structured_content: Some(json!({ "code": code })), ..ToolResult::error(message) }
+}
+
+/// The URI of a path as the caller wrote it, taken against the executor's working directory and home.
+fn resolve(environment: &EnvironmentInfo, field: &str, path: &str) -> Result<FileUri, ToolError> {
+    let windows = environment.is_windows();
+    let root = || FileUri::parse(if windows { "file:///C:/" } else { "file:///" }).expect("a literal URI");
+    let cwd = environment.cwd.clone().unwrap_or_else(root);
+    let home = environment.user_home_dir.clone().unwrap_or_else(root);
+    FileUri::from_native(path, windows, &cwd, &home)
+        .map_err(|error: PathError| ToolError::Arguments(format!("{field}: {error}")))
+}

@@ -1,0 +1,88 @@
+//! `read_file`: a file or a slice of it, read in blocks (connectors-api.md §4.2).
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::json;
+
+use super::open_file::{BLOCKS_AHEAD, OpenFile};
+use super::{Call, Tool, ToolError, coded_failure, failure, refused, resolve};
+use crate::protocol::rest::ToolResult;
+use crate::protocol::rpc::{BLOCK_BYTES_MAX, FsGetMetadata, OpenMode};
+use crate::relay::client::CallError;
+use crate::workspace::pool::Use;
+
+pub(super) const DESCRIPTION: &str = "Read a file by path.";
+
+/// Arguments of `read_file`.
+#[derive(Deserialize, JsonSchema)]
+pub(super) struct Arguments {
+    /// The file; relative paths and `~` are taken on the executor.
+    path: String,
+    /// First byte; negative is 0.
+    #[serde(default)]
+    offset: Option<i64>,
+    /// Bytes at most; 0 or left out is all.
+    #[serde(default)]
+    limit: Option<u64>,
+}
+
+pub(super) async fn call(mut call: Call<'_>) -> Result<ToolResult, ToolError> {
+    let Arguments { path, offset, limit } = call.arguments()?;
+    let deadline = call.deadline(None)?;
+    let reading = async {
+        let client = call.client(Use::Files, deadline).await?;
+        let uri = resolve(client.environment(), "path", &path)?;
+        let metadata = match refused(client.call(&FsGetMetadata { path: uri.clone() }).await)? {
+            Ok(metadata) => metadata,
+            Err(error) => return Ok(failure(Tool::ReadFile, &error)),
+        };
+        // Opening a pipe or a device could hold up the whole stream at the executor.
+        if !metadata.is_file {
+            return Ok(coded_failure("not_a_file", format!("read_file failed: {path} is not a regular file")));
+        }
+        let offset = u64::try_from(offset.unwrap_or(0)).unwrap_or(0);
+        let rest = metadata.size.saturating_sub(offset);
+        let wanted = limit.filter(|limit| *limit > 0).unwrap_or(u64::MAX);
+        let bytes_max = call.settings.output_bytes_max as u64;
+        if rest.min(wanted) > bytes_max {
+            let message = format!(
+                "read_file failed: {} bytes are more than one call returns ({bytes_max}); read slices by offset and limit",
+                rest.min(wanted)
+            );
+            return Ok(coded_failure("too_large", message));
+        }
+        let slice = async {
+            let file = OpenFile::open(&client, &uri, OpenMode::Read).await?;
+            // Files of /proc and the like tell no size: read to the end, within the bound.
+            let end = offset.saturating_add(wanted.min(if metadata.size == 0 { bytes_max } else { rest }));
+            let slice = read(&file, offset, end).await?;
+            file.close().await?;
+            Ok(slice)
+        };
+        Ok(match refused(slice.await)? {
+            Ok(slice) => ToolResult {
+                structured_content: Some(json!({ "encoding": "base64", "path": path, "size": metadata.size })),
+                ..ToolResult::text(STANDARD.encode(&slice))
+            },
+            Err(error) => failure(Tool::ReadFile, &error),
+        })
+    };
+    super::before(deadline, reading).await
+}
+
+/// Reads `offset..end`, or to the end of the file if that comes first.
+async fn read(file: &OpenFile, offset: u64, end: u64) -> Result<Vec<u8>, CallError> {
+    let starts = (offset..end).step_by(BLOCK_BYTES_MAX);
+    let mut blocks = stream::iter(starts).map(|at| file.read(at, end - at)).buffered(BLOCKS_AHEAD);
+    let mut bytes = Vec::new();
+    while let Some(block) = blocks.try_next().await? {
+        bytes.extend_from_slice(&block.chunk.0);
+        if block.eof {
+            break;
+        }
+    }
+    Ok(bytes)
+}

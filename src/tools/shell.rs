@@ -1,0 +1,330 @@
+//! `shell`: one command to its end, with all its output (connectors-api.md §4.1).
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+
+use super::{Call, Tool, ToolError, failure, refused, resolve};
+use crate::config;
+use crate::protocol::rest::{Content, Ran, ToolResult};
+use crate::protocol::rpc::{
+    EnvInherit, EnvPolicy, EnvironmentInfo, OutputStream, ProcessStart, ProcessTerminate,
+};
+use crate::relay::client::{Client, ProcessEvent};
+use crate::workspace::pool::Use;
+
+pub(super) const DESCRIPTION: &str = "Run a command synchronously.";
+
+/// How long a terminated process may take to be gone before the call is answered without its confirmation.
+const TERMINATE_WAIT: Duration = Duration::from_secs(5);
+
+/// Arguments of `shell`.
+#[derive(Deserialize, JsonSchema)]
+pub(super) struct Arguments {
+    /// Program and arguments as an array, or one string for the environment's shell.
+    command: Command,
+    /// Working directory; the executor's own when left out. Relative paths and `~` are taken on the executor.
+    #[serde(default)]
+    cwd: Option<String>,
+    /// Variables set for the command, over the executor's environment.
+    #[serde(default)]
+    env: Option<BTreeMap<String, String>>,
+    /// Wall-clock time after which the command and its children are killed, in milliseconds; 60000 when left out.
+    #[serde(default)]
+    timeout_ms: Option<u64>,
+}
+
+/// A command as callers write it.
+#[derive(Debug, Clone, PartialEq, Eq, JsonSchema)]
+#[schemars(untagged)]
+pub(super) enum Command {
+    /// For the environment's shell.
+    Line(String),
+    /// Program and arguments, run as they are.
+    Argv(Vec<String>),
+}
+
+impl<'de> Deserialize<'de> for Command {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = Command;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an array of strings or one string")
+            }
+            fn visit_str<E: serde::de::Error>(self, line: &str) -> Result<Command, E> {
+                Ok(Command::Line(line.to_owned()))
+            }
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut items: A) -> Result<Command, A::Error> {
+                let mut argv = Vec::new();
+                while let Some(item) = items.next_element()? {
+                    argv.push(item);
+                }
+                Ok(Command::Argv(argv))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl Command {
+    /// What the executor starts; a string goes through the shell that the executor names.
+    fn argv(self, environment: &EnvironmentInfo) -> Result<Vec<String>, ToolError> {
+        let argv = match self {
+            Self::Argv(argv) => argv,
+            Self::Line(line) if line.trim().is_empty() => Vec::new(),
+            Self::Line(line) => {
+                let Some(shell) = &environment.shell else {
+                    let message = "command: this environment names no shell; expected an array of strings";
+                    return Err(ToolError::Arguments(message.into()));
+                };
+                let name = shell.name.to_ascii_lowercase();
+                let flags: &[&str] = match name.as_str() {
+                    "powershell" | "pwsh" => &["-NoProfile", "-Command"],
+                    "cmd" => &["/C"],
+                    _ => &["-c"],
+                };
+                let mut argv = vec![shell.path.clone()];
+                argv.extend(flags.iter().map(ToString::to_string));
+                argv.push(line);
+                argv
+            }
+        };
+        match argv.first() {
+            None => Err(ToolError::Arguments("command: expected at least a program".into())),
+            Some(program) if program.is_empty() => Err(ToolError::Arguments("command: the program is empty".into())),
+            Some(_) if argv.iter().any(|word| word.contains('\0')) => {
+                Err(ToolError::Arguments("command: a NUL character cannot be passed".into()))
+            }
+            Some(_) => Ok(argv),
+        }
+    }
+}
+
+/// What the executor's own environment gives to commands.
+fn env_policy(settings: &config::Tools) -> EnvPolicy {
+    EnvPolicy {
+        inherit: EnvInherit::All,
+        ignore_default_excludes: false,
+        exclude: settings.env_exclude.clone(),
+        set: BTreeMap::new(),
+        include_only: Vec::new(),
+    }
+}
+
+/// Checks the caller's variables; what no operating system accepts would otherwise fail at the executor.
+fn check_env(env: &BTreeMap<String, String>) -> Result<(), ToolError> {
+    for (name, value) in env {
+        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+            return Err(ToolError::Arguments(format!("env.{name}: not a variable a process can have")));
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn call(mut call: Call<'_>) -> Result<ToolResult, ToolError> {
+    let Arguments { command, cwd, env, timeout_ms } = call.arguments()?;
+    let env = env.unwrap_or_default();
+    check_env(&env)?;
+    let deadline = call.deadline(timeout_ms)?;
+    let client = call.client(Use::Processes, deadline).await?;
+    let environment = client.environment();
+    let start = ProcessStart {
+        process_id: format!("sh_{}", uuid::Uuid::new_v4().simple()),
+        argv: command.argv(environment)?,
+        cwd: resolve(environment, "cwd", cwd.as_deref().unwrap_or("."))?,
+        env,
+        tty: false,
+        pipe_stdin: false,
+        arg0: None,
+        env_policy: Some(env_policy(call.settings)),
+        sandbox: None,
+    };
+    run(&client, start, deadline, call.started, call.settings.output_bytes_max).await
+}
+
+async fn run(
+    client: &Client,
+    start: ProcessStart,
+    deadline: Instant,
+    started: Instant,
+    output_bytes_max: usize,
+) -> Result<ToolResult, ToolError> {
+    let output = Output::new(output_bytes_max);
+    // Before the start is sent: a quick process is over before its start is answered.
+    let _events = client.subscribe(&start.process_id, output.handler());
+    let process = Process { client, id: &start.process_id, running: true };
+    match tokio::time::timeout_at(deadline, client.call(&start)).await {
+        Err(_) => return Err(ToolError::NoAnswer { ran: Ran::Unknown }),
+        Ok(answer) => {
+            if let Err(error) = refused(answer)? {
+                process.gone();
+                return Ok(failure(Tool::Shell, &error));
+            }
+        }
+    }
+    let timed_out = tokio::select! {
+        biased;
+        () = output.closed() => false,
+        () = client.ended() => return Err(ToolError::Lost { ran: Ran::Unknown }),
+        () = tokio::time::sleep_until(deadline) => {
+            process.terminate().await?;
+            // The answer should find no process left; one that the executor cannot end must not hold it for ever.
+            let _ = timeout(TERMINATE_WAIT, output.closed()).await;
+            true
+        }
+    };
+    process.gone();
+    Ok(output.take().into_result(timed_out, started.elapsed()))
+}
+
+/// A started process: ended at the executor when the call is dropped before it is gone.
+struct Process<'a> {
+    client: &'a Client,
+    id: &'a str,
+    running: bool,
+}
+
+impl Process<'_> {
+    async fn terminate(&self) -> Result<(), ToolError> {
+        self.client.call(&ProcessTerminate { process_id: self.id.to_owned() }).await?;
+        Ok(())
+    }
+
+    fn gone(mut self) {
+        self.running = false;
+    }
+}
+
+impl Drop for Process<'_> {
+    fn drop(&mut self) {
+        if self.running && !self.client.is_ended() {
+            let client = self.client.clone();
+            let terminate = ProcessTerminate { process_id: self.id.to_owned() };
+            tokio::spawn(async move { client.call(&terminate).await });
+        }
+    }
+}
+
+/// What a process has written so far, filled by the stream's task.
+struct Output {
+    collected: Arc<Mutex<Collected>>,
+    closed: watch::Receiver<bool>,
+    close: watch::Sender<bool>,
+}
+
+#[derive(Default)]
+struct Collected {
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+    bytes_max: usize,
+    lost_bytes: u64,
+    exit_code: Option<i32>,
+}
+
+impl Output {
+    fn new(bytes_max: usize) -> Self {
+        let (close, closed) = watch::channel(false);
+        Self { collected: Arc::new(Mutex::new(Collected { bytes_max, ..Collected::default() })), closed, close }
+    }
+
+    fn handler(&self) -> crate::relay::client::ProcessHandler {
+        let collected = self.collected.clone();
+        let close = self.close.clone();
+        Box::new(move |event| match event {
+            ProcessEvent::Output(output) => lock(&collected).add(output.stream, &output.chunk.0),
+            ProcessEvent::Exited(exited) => lock(&collected).exit_code = Some(exited.exit_code),
+            // Output may follow the exit; only this is the end of it.
+            ProcessEvent::Closed(_) => {
+                close.send_replace(true);
+            }
+        })
+    }
+
+    async fn closed(&self) {
+        // The sender lives in self, so this only returns when the value is true.
+        let _ = self.closed.clone().wait_for(|closed| *closed).await;
+    }
+
+    fn take(&self) -> Collected {
+        std::mem::take(&mut *lock(&self.collected))
+    }
+}
+
+fn lock(collected: &Mutex<Collected>) -> MutexGuard<'_, Collected> {
+    collected.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The structured part of the answer.
+#[derive(Serialize)]
+struct Structured<'a> {
+    stdout: &'a str,
+    stderr: &'a str,
+    exit_code: Option<i32>,
+    timed_out: bool,
+    duration_ms: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stdout_b64: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stderr_b64: Option<String>,
+    /// Bytes that the command wrote past the bound of one answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lost_bytes: Option<u64>,
+}
+
+impl Collected {
+    fn add(&mut self, stream: OutputStream, chunk: &[u8]) {
+        let room = self.bytes_max.saturating_sub(self.stdout.len() + self.stderr.len());
+        let (kept, lost) = chunk.split_at(chunk.len().min(room));
+        self.lost_bytes += lost.len() as u64;
+        match stream {
+            OutputStream::Stderr => self.stderr.extend_from_slice(kept),
+            OutputStream::Stdout | OutputStream::Pty => self.stdout.extend_from_slice(kept),
+        }
+    }
+
+    fn into_result(self, timed_out: bool, duration: Duration) -> ToolResult {
+        let stdout = String::from_utf8_lossy(&self.stdout);
+        let stderr = String::from_utf8_lossy(&self.stderr);
+        let exact = |bytes: &[u8]| std::str::from_utf8(bytes).is_err().then(|| STANDARD.encode(bytes));
+        let exit_code = self.exit_code.filter(|_| !timed_out);
+        let structured = Structured {
+            stdout: &stdout,
+            stderr: &stderr,
+            exit_code,
+            timed_out,
+            duration_ms: u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
+            stdout_b64: exact(&self.stdout),
+            stderr_b64: exact(&self.stderr),
+            lost_bytes: (self.lost_bytes > 0).then_some(self.lost_bytes),
+        };
+        let structured = serde_json::to_value(structured).expect("plain data");
+        let mut text = String::with_capacity(stdout.len() + stderr.len() + 64);
+        text.push_str(&stdout);
+        if !stderr.is_empty() {
+            if !text.is_empty() {
+                text.push_str("\n--- stderr ---\n");
+            }
+            text.push_str(&stderr);
+        }
+        if self.lost_bytes > 0 {
+            text.push_str(&format!("\n[{} bytes of output past the bound of one answer]", self.lost_bytes));
+        }
+        match exit_code {
+            Some(code) => text.push_str(&format!("\n[exit_code={code}]")),
+            None => text.push_str("\n[exec timed out without exit signal]"),
+        }
+        ToolResult {
+            content: vec![Content::Text { text }],
+            structured_content: Some(structured),
+            is_error: exit_code.is_none(),
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! `write_file`: the whole content of a file, written in blocks (connectors-api.md §4.3).
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::json;
+
+use super::open_file::OpenFile;
+use super::{Call, Tool, ToolError, failure, refused, resolve};
+use crate::protocol::path::FileUri;
+use crate::protocol::rest::ToolResult;
+use crate::protocol::rpc::{BLOCK_BYTES_MAX, Base64Bytes, FsCreateDirectory, FsWriteFile, OpenMode};
+use crate::relay::client::{CallError, Client};
+use crate::workspace::pool::Use;
+
+pub(super) const DESCRIPTION: &str = "Write a file by path.";
+
+/// Arguments of `write_file`.
+#[derive(Deserialize, JsonSchema)]
+pub(super) struct Arguments {
+    /// The file; relative paths and `~` are taken on the executor. An existing file is replaced.
+    path: String,
+    /// Its whole content in standard base64 with padding; left out is an empty file.
+    #[serde(default)]
+    content_b64: String,
+    /// Whether missing directories of the path are made.
+    #[serde(default)]
+    create_parents: bool,
+}
+
+pub(super) async fn call(mut call: Call<'_>) -> Result<ToolResult, ToolError> {
+    let Arguments { path, content_b64, create_parents } = call.arguments()?;
+    let deadline = call.deadline(None)?;
+    let content = STANDARD
+        .decode(&content_b64)
+        .map_err(|_| ToolError::Arguments("content_b64: expected standard base64 with padding".into()))?;
+    drop(content_b64);
+    let writing = async {
+        let client = call.client(Use::Files, deadline).await?;
+        let uri = resolve(client.environment(), "path", &path)?;
+        if create_parents && let Some(parent) = uri.parent() {
+            let made = client.call(&FsCreateDirectory { path: parent, recursive: true }).await;
+            if let Err(error) = refused(made)? {
+                return Ok(failure(Tool::WriteFile, &error));
+            }
+        }
+        Ok(match refused(write(&client, uri, &content).await)? {
+            Ok(()) => ToolResult {
+                // The executor replaces by emptying first, so a cut may leave a part.
+                structured_content: Some(json!({ "bytes": content.len(), "atomic": false })),
+                ..ToolResult::text("ok")
+            },
+            Err(error) => failure(Tool::WriteFile, &error),
+        })
+    };
+    super::before(deadline, writing).await
+}
+
+async fn write(client: &Client, path: FileUri, content: &[u8]) -> Result<(), CallError> {
+    if content.len() <= BLOCK_BYTES_MAX {
+        let data_base64 = Base64Bytes(content.to_vec());
+        client.call(&FsWriteFile { path, data_base64 }).await?;
+        return Ok(());
+    }
+    let file = OpenFile::open(client, &path, OpenMode::Replace).await?;
+    for (at, block) in (0..).step_by(BLOCK_BYTES_MAX).zip(content.chunks(BLOCK_BYTES_MAX)) {
+        file.write(at, block).await?;
+    }
+    file.close().await
+}

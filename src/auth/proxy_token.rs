@@ -37,6 +37,12 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// While the validator is known to fail, a caller with a stale token waits this long for it to be back.
 const STALE_PATIENCE: Duration = Duration::from_secs(1);
 
+/// How far the wall clock may be set forward without a known token outliving its end.
+const CLOCK_STEP_MAX: Duration = Duration::from_secs(60 * 60);
+
+/// Longest time that anything is remembered.
+const KEPT_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 /// A check that a revocation overtook is made again, this often at most.
 const CHECKS_MAX: usize = 3;
 
@@ -76,6 +82,9 @@ struct Positive {
     stale_until: Instant,
     /// Set while the last question failed.
     ask_after: Option<Instant>,
+    /// Whether the token may reach its own end before it is asked for again. Only then does a hit read the wall clock,
+    /// which would cost it a fifth more.
+    ends_soon: bool,
 }
 
 struct Negative {
@@ -99,7 +108,9 @@ impl ProxyTokenAuth {
         clock: Clock,
         counters: Arc<TokenCounters>,
     ) -> Self {
-        let positive_ttl = Duration::from_secs(config.positive_ttl_secs);
+        // Longer would only overflow the clocks.
+        let secs = |secs: u64| Duration::from_secs(secs).min(KEPT_MAX);
+        let positive_ttl = secs(config.positive_ttl_secs);
         Self(Arc::new(Inner {
             store,
             upstream,
@@ -110,8 +121,8 @@ impl ProxyTokenAuth {
             own: Lane::default(),
             foreign: Lane::default(),
             positive_ttl,
-            negative_ttl: Duration::from_secs(config.negative_ttl_secs),
-            stale: Duration::from_secs(config.stale_secs).max(positive_ttl),
+            negative_ttl: secs(config.negative_ttl_secs),
+            stale: secs(config.stale_secs).max(positive_ttl),
         }))
     }
 
@@ -121,27 +132,21 @@ impl ProxyTokenAuth {
     /// # Errors
     /// `Invalid` or `Expired` when the token is refused, `Unavailable` when nobody could say.
     pub async fn principal(&self, token: &str) -> Result<Principal, AuthError> {
-        let own = is_own(token);
-        if !own && self.0.upstream.is_none() {
-            return Err(AuthError::Invalid);
-        }
         let digest = Sha256::digest(token).into();
-        let principal = match self.0.recall(&digest, Instant::now()) {
+        match self.0.recall(&digest, Instant::now()) {
             Memory::Good(principal) => {
                 self.0.counters.hits.fetch_add(1, Relaxed);
-                principal
+                Ok(principal)
             }
             Memory::Refused(refusal) => {
                 self.0.counters.negative_hits.fetch_add(1, Relaxed);
-                return Err(refusal);
+                Err(refusal)
             }
-            Memory::Stale { principal, may_ask: false, .. } => self.0.serve_stale(principal),
-            memory => self.0.ask_or_serve_stale(digest, token, own, memory).await?,
-        };
-        // The wall clock says when a token ends, whatever the cache believes.
-        match principal.expires_at() {
-            Some(end) if end <= self.0.clock.now() => Err(AuthError::Expired),
-            _ => Ok(principal),
+            Memory::Stale { principal, may_ask: false, .. } => Ok(self.0.serve_stale(principal)),
+            memory => match is_own(token) {
+                false if self.0.upstream.is_none() => Err(AuthError::Invalid),
+                own => self.0.ask_or_serve_stale(digest, token, own, memory).await,
+            },
         }
     }
 
@@ -170,7 +175,9 @@ impl Inner {
     fn recall(&self, digest: &Digest, now: Instant) -> Memory {
         let good = self.positives.with(digest, |entry| {
             let principal = entry.principal.clone();
-            if now < entry.fresh_until {
+            if entry.ends_soon && principal.expires_at().is_some_and(|end| end <= self.clock.now()) {
+                Memory::Refused(AuthError::Expired)
+            } else if now < entry.fresh_until {
                 Memory::Good(principal)
             } else if now < entry.stale_until {
                 let may_ask = entry.ask_after.is_none_or(|after| now >= after);
@@ -307,6 +314,9 @@ impl Inner {
                     fresh_until: now + self.positive_ttl,
                     stale_until: now + self.stale,
                     ask_after: None,
+                    ends_soon: principal
+                        .expires_at()
+                        .is_some_and(|end| end <= self.clock.now() + self.stale + CLOCK_STEP_MAX),
                 };
                 let put = self.positives.put_if(*digest, entry, current);
                 self.counters.positive_evictions.fetch_add(u64::from(put == Put::Evicting), Relaxed);

@@ -140,16 +140,14 @@ impl Gateway {
             revocations_max: config.auth.revocations_max,
         };
         let observed = api.clone();
-        let admin = Arc::new(Admin::new(store.clone(), admin_settings).observed_by(move |change| apply(&observed, change)));
+        let admin =
+            Arc::new(Admin::new(store.clone(), admin_settings).observed_by(move |change| apply(&observed, change)));
         let admin_socket = bind_admin(&state_dir, &lock).map_err(|source| StartError::Listen {
             address: crate::admin::socket_in(&state_dir).display().to_string(),
             source,
         })?;
-        let health = Arc::new(Health {
-            store,
-            registry: metrics.registry(readings(&api)),
-            serving: AtomicBool::new(true),
-        });
+        let health =
+            Arc::new(Health { store, registry: metrics.registry(readings(&api)), serving: AtomicBool::new(true) });
 
         let dead_after = Duration::from_secs(config.link.dead_secs);
         let service = {

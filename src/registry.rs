@@ -56,7 +56,12 @@ impl Registry {
     ///
     /// # Errors
     /// [`NotConnected`].
-    pub async fn link_soon(&self, binding: &Binding, seen: Duration, wait: Duration) -> Result<LinkHandle, NotConnected> {
+    pub async fn link_soon(
+        &self,
+        binding: &Binding,
+        seen: Duration,
+        wait: Duration,
+    ) -> Result<LinkHandle, NotConnected> {
         let mut changes = self.changes.subscribe();
         if let Some(link) = self.link(binding) {
             return Ok(link);
@@ -84,7 +89,12 @@ impl Registry {
 
     /// Whether another process than `registration` may take the executor's place: nobody is there, it is the same
     /// process dialling again, or the one that is there does not answer a ping within `wait`.
-    pub async fn yields_to(&self, executor: &ExecutorId, registration: Option<&RegistrationId>, wait: Duration) -> bool {
+    pub async fn yields_to(
+        &self,
+        executor: &ExecutorId,
+        registration: Option<&RegistrationId>,
+        wait: Duration,
+    ) -> bool {
         match self.current(executor) {
             None => true,
             Some(link) if registration == Some(&link.registration().id) => true,

@@ -1,1 +1,6 @@
+//! What a user of the gateway can see, tested from outside: one file per capability, one binary.
+#![allow(missing_docs, clippy::unwrap_used)]
 
+mod support;
+
+mod shell;

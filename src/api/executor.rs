@@ -20,9 +20,7 @@ use crate::edge::router::percent_decode;
 use crate::edge::upgrade::{self, SocketLimits};
 use crate::ops::metrics::OutcomeLabel;
 use crate::protocol::ids::{ExecutorId, RegistrationId};
-use crate::protocol::rest::{
-    RegisterRequest, RegisterResponse, SECURITY_PROFILE, ValidateRequest, ValidateResponse,
-};
+use crate::protocol::rest::{RegisterRequest, RegisterResponse, SECURITY_PROFILE, ValidateRequest, ValidateResponse};
 use crate::protocol::ticket::TicketError;
 use crate::relay::link::{self, LinkEnd, LinkHandle};
 use crate::store::{Registration, StoreError, Transport};
@@ -285,8 +283,8 @@ pub async fn validate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> R
     let mut hold = Hold::new(api);
     let (head, body) = request.into_parts();
     let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.edge.header_timeout_secs)).await?;
-    let request: ValidateRequest = serde_json::from_slice(&body)
-        .map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
+    let request: ValidateRequest =
+        serde_json::from_slice(&body).map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
     let shown = ExecutorCredential::shown(&head.headers).map_err(|_| unauthorized())?;
     let (Ok(executor), Ok(registration)) =
         (ExecutorId::new(id), RegistrationId::new(&request.executor_registration_id))
@@ -412,5 +410,9 @@ async fn seen(api: &Api, executor: &ExecutorId) {
 
 /// A query parameter, percent-decoded.
 fn parameter(query: &str, name: &str) -> Option<String> {
-    query.split('&').filter_map(|pair| pair.split_once('=')).find(|(key, _)| *key == name).and_then(|(_, value)| percent_decode(value))
+    query
+        .split('&')
+        .filter_map(|pair| pair.split_once('='))
+        .find(|(key, _)| *key == name)
+        .and_then(|(_, value)| percent_decode(value))
 }

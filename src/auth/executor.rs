@@ -135,10 +135,9 @@ impl ExecutorAuth {
         // The store is asked second, so that a refused credential learns nothing about the id.
         let user = upstream.validate_executor(&shown.claim()).await?.ok_or(ExecutorAuthError::Unauthorized)?;
         let executor = self.store.executor(id).await?.ok_or(ExecutorAuthError::NotRegistered)?;
-        match executor.user {
-            Some(owner) if owner != user => Err(ExecutorAuthError::NotRegistered),
-            _ => Ok(()),
-        }
+        // One without an owner was made by an operator here and opens to its own token alone: else anybody whom the
+        // validator knows could take its place.
+        if executor.user == Some(user) { Ok(()) } else { Err(ExecutorAuthError::NotRegistered) }
     }
 }
 
@@ -312,9 +311,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_names_nobody_is_refused_and_what_fails_is_not() {
+    async fn an_operators_executor_opens_to_its_own_token_alone() {
         let rig = rig().await;
         let executor = rig.executor("a", None).await;
+        rig.validator.replies(ok(r#"{"user_id":"ann"}"#));
+        assert_eq!(kind(rig.upstream.verify(&executor.id, &headers("Bearer access")).await), "not registered");
+    }
+
+    #[tokio::test]
+    async fn what_names_nobody_is_refused_and_what_fails_is_not() {
+        let rig = rig().await;
+        let executor = rig.executor("a", Some("ann")).await;
         for (reply, answer) in [
             (refused(), "unauthorized"),
             (ok(r#"{"user_id":""}"#), "unauthorized"),

@@ -169,7 +169,11 @@ struct Activity {
 
 impl Activity {
     fn new(first_request: Duration) -> Self {
-        Self { requests: AtomicUsize::new(0), begun: CancellationToken::new(), deadline: watch::Sender::new(Instant::now() + first_request) }
+        Self {
+            requests: AtomicUsize::new(0),
+            begun: CancellationToken::new(),
+            deadline: watch::Sender::new(Instant::now() + first_request),
+        }
     }
 
     async fn expired(&self) {

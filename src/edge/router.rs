@@ -138,7 +138,10 @@ mod tests {
 
     #[test]
     fn a_wrong_method_is_told_the_right_one() {
-        assert_eq!(Router::new().find(&Method::GET, "/api/connectors/envs/list"), Err(RouteError::Method(Method::POST)));
+        assert_eq!(
+            Router::new().find(&Method::GET, "/api/connectors/envs/list"),
+            Err(RouteError::Method(Method::POST))
+        );
         assert_eq!(Router::new().find(&Method::GET, "/nowhere"), Err(RouteError::NotFound));
     }
 

@@ -47,9 +47,11 @@ impl From<SocketLimits> for WebSocketConfig {
 /// [`UpgradeError`].
 pub fn check(headers: &HeaderMap) -> Result<(), UpgradeError> {
     let lists = |name, token: &str| {
-        headers.get_all(name).iter().filter_map(|value: &HeaderValue| value.to_str().ok()).any(|value: &str| {
-            value.split(',').any(|part| part.trim().eq_ignore_ascii_case(token))
-        })
+        headers
+            .get_all(name)
+            .iter()
+            .filter_map(|value: &HeaderValue| value.to_str().ok())
+            .any(|value: &str| value.split(',').any(|part| part.trim().eq_ignore_ascii_case(token)))
     };
     if !lists(CONNECTION, "upgrade") || !lists(UPGRADE, "websocket") || !headers.contains_key(SEC_WEBSOCKET_KEY) {
         return Err(UpgradeError::NotWebSocket);

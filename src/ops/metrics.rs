@@ -71,7 +71,11 @@ impl Metrics {
         registry.register("registrations", "Executor registrations by outcome", self.registrations.clone());
         registry.register("links_ended", "Executor sockets by how they ended", self.links_ended.clone());
         registry.register("frames_dropped", "Frames dropped as undecodable or misplaced", self.frames_dropped.clone());
-        registry.register("streams_overrun", "Streams reset because their reader was too slow", self.streams_overrun.clone());
+        registry.register(
+            "streams_overrun",
+            "Streams reset because their reader was too slow",
+            self.streams_overrun.clone(),
+        );
         registry.register("panics", "Panics of tasks; each ended one connection", self.panics.clone());
         registry.register_collector(Box::new(ReadingsCollector(readings)));
         registry

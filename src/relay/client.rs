@@ -223,7 +223,8 @@ impl Client {
 
     async fn send_request(&self, method: &str, params: &impl serde::Serialize) -> Result<Box<RawValue>, CallError> {
         let lost = |_| CallError::Lost { sent: false };
-        let permit = self.shared.in_flight.clone().acquire_owned().await.map_err(|_| CallError::Lost { sent: false })?;
+        let permit =
+            self.shared.in_flight.clone().acquire_owned().await.map_err(|_| CallError::Lost { sent: false })?;
         let room = self.outgoing.reserve().await.map_err(lost)?;
         let (answer, receiver) = oneshot::channel();
         let id = {

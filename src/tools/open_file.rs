@@ -7,9 +7,7 @@ use std::sync::Arc;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::protocol::path::FileUri;
-use crate::protocol::rpc::{
-    BLOCK_BYTES_MAX, Base64Bytes, Block, FsClose, FsOpen, FsReadBlock, FsWriteBlock, OpenMode,
-};
+use crate::protocol::rpc::{BLOCK_BYTES_MAX, Base64Bytes, Block, FsClose, FsOpen, FsReadBlock, FsWriteBlock, OpenMode};
 use crate::relay::client::{CallError, Client};
 
 /// Blocks asked for at once: enough to hide the way there and back, few enough to leave the stream to others.

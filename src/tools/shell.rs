@@ -14,9 +14,7 @@ use tokio::time::{Instant, timeout};
 use super::{Call, Tool, ToolError, failure, refused, resolve};
 use crate::config;
 use crate::protocol::rest::{Content, Ran, ToolResult};
-use crate::protocol::rpc::{
-    EnvInherit, EnvPolicy, EnvironmentInfo, OutputStream, ProcessStart, ProcessTerminate,
-};
+use crate::protocol::rpc::{EnvInherit, EnvPolicy, EnvironmentInfo, OutputStream, ProcessStart, ProcessTerminate};
 use crate::relay::client::{Client, ProcessEvent};
 use crate::workspace::pool::Use;
 

@@ -37,7 +37,11 @@ impl Pool {
     ///
     /// # Errors
     /// [`ReachError`]; the next call tries again.
-    pub async fn client(workspace: &Arc<Workspace>, binding: &Binding, purpose: Use) -> Result<Client, Arc<ReachError>> {
+    pub async fn client(
+        workspace: &Arc<Workspace>,
+        binding: &Binding,
+        purpose: Use,
+    ) -> Result<Client, Arc<ReachError>> {
         let dial = workspace.pool.dial(workspace, binding, purpose);
         dial.await
     }
@@ -51,9 +55,7 @@ impl Pool {
             }
             _ => {
                 let task = tokio::spawn(open(workspace.clone(), binding.clone()));
-                let dial = async move {
-                    task.await.unwrap_or_else(|_| Err(Arc::new(ReachError::TooManyStreams)))
-                };
+                let dial = async move { task.await.unwrap_or_else(|_| Err(Arc::new(ReachError::TooManyStreams))) };
                 let dial = dial.boxed().shared();
                 dials.insert(key, dial.clone());
                 dial

@@ -1,0 +1,139 @@
+//! A gateway for one test: inside the test's process, or as the real daemon where a test stops and starts it.
+
+use std::net::SocketAddr;
+use std::process::Stdio;
+use std::sync::Arc;
+
+use exec_gateway::admin::{Request, Response};
+use exec_gateway::config::Config;
+use exec_gateway::gateway::Gateway;
+use exec_gateway::protocol::ids::{EnvironmentName, WorkspaceId};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+use super::{Caller, PATIENCE, Scratch};
+
+/// A gateway inside this process.
+pub struct TestGateway {
+    pub gateway: Gateway,
+    pub state: Arc<Scratch>,
+}
+
+/// An executor that operators made, with what it needs to register.
+#[derive(Debug, Clone)]
+pub struct Credentials {
+    pub executor: String,
+    pub token: String,
+}
+
+impl TestGateway {
+    pub async fn start() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    pub async fn with(change: impl FnOnce(&mut Config)) -> Self {
+        Self::on(Arc::new(Scratch::new()), change).await
+    }
+
+    /// A gateway on the state of an earlier one.
+    pub async fn on(state: Arc<Scratch>, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = Config { state_dir: Some(state.path().to_owned()), ..Config::default() };
+        config.listen = vec!["127.0.0.1:0".parse().unwrap()];
+        config.ops_listen = "127.0.0.1:0".parse().unwrap();
+        change(&mut config);
+        assert_eq!(config.validate(), vec![], "a test runs on a configuration that the daemon accepts");
+        Self { gateway: Gateway::start(config).await.unwrap(), state }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.gateway.listen()[0]
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address())
+    }
+
+    /// Carries out an operator's command.
+    pub async fn admin(&self, request: Request) -> Response {
+        self.gateway.admin().run(request).await.unwrap()
+    }
+
+    /// A caller with a fresh token of the workspace.
+    pub async fn caller(&self, workspace: &str) -> Caller {
+        let workspace = WorkspaceId::new(workspace).unwrap();
+        let request = Request::TokenCreate { workspace, user: None, ttl: None, read_only: false };
+        let Response::Token { token, .. } = self.admin(request).await else { panic!("no token") };
+        Caller::new(self.address(), Some(token.expose().to_owned()))
+    }
+
+    /// A caller without a token.
+    pub fn stranger(&self) -> Caller {
+        Caller::new(self.address(), None)
+    }
+
+    /// An executor bound to the workspace under that name.
+    pub async fn executor(&self, workspace: &str, name: &str) -> Credentials {
+        let (workspace, name) = (WorkspaceId::new(workspace).unwrap(), EnvironmentName::new(name).unwrap());
+        match self.admin(Request::ExecutorCreate { workspace, name, default: false }).await {
+            Response::ExecutorCreated { exe_id, token, .. } => {
+                Credentials { executor: exe_id.to_string(), token: token.expose().to_owned() }
+            }
+            other => panic!("no executor: {other:?}"),
+        }
+    }
+}
+
+/// The real daemon as its own process.
+pub struct DaemonProcess {
+    child: Child,
+    pub address: SocketAddr,
+    pub ops: SocketAddr,
+}
+
+impl DaemonProcess {
+    /// Starts the daemon on this state and waits for its ready line. Port 0 lets the system choose.
+    pub async fn start(state: &Scratch, listen: SocketAddr, arguments: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_exec-gateway"))
+            .arg("serve")
+            .args(["--state-dir", state.path().to_str().unwrap(), "--listen", &listen.to_string()])
+            .args(["--ops-listen", "127.0.0.1:0"])
+            .args(arguments)
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let ready = tokio::time::timeout(PATIENCE, async {
+            loop {
+                let line = lines.next_line().await.unwrap().expect("the daemon ended before it was ready");
+                if let Some(ready) = line.strip_prefix("exec-gateway ready ") {
+                    return ready.to_owned();
+                }
+                eprintln!("daemon: {line}");
+            }
+        });
+        let ready = ready.await.expect("the daemon was not ready in time");
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = lines.next_line().await {
+                eprintln!("daemon: {line}");
+            }
+        });
+        let field = |name: &str| {
+            let field = ready.split(' ').find_map(|field| field.strip_prefix(name)).unwrap();
+            field.parse().unwrap()
+        };
+        Self { child, address: field("listen="), ops: field("ops=") }
+    }
+
+    /// Asks the daemon to stop; gives its exit code.
+    pub async fn terminate(mut self) -> Option<i32> {
+        let pid = self.child.id().unwrap().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
+        self.child.wait().await.unwrap().code()
+    }
+
+    /// Kills the daemon without a warning.
+    pub async fn kill(mut self) {
+        self.child.kill().await.unwrap();
+    }
+}

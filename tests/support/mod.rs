@@ -1,0 +1,52 @@
+//! A gateway, real and stand-in executors, and a caller, each with its own ports, state and secrets, so that all tests
+//! run at once.
+
+pub mod caller;
+pub mod codex;
+pub mod gateway;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use caller::{Answer, Caller};
+pub use codex::CodexExecutor;
+pub use gateway::{DaemonProcess, TestGateway};
+
+pub const MIB: usize = 1024 * 1024;
+
+/// How long a test waits for something that happens in milliseconds, on a machine that is busy with other tests.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until the condition gives a value. The tests' one way to wait.
+pub async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
+    let waited = tokio::time::timeout(PATIENCE, async {
+        loop {
+            if let Some(value) = condition().await {
+                return value;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    waited.await.unwrap_or_else(|_| panic!("not within {PATIENCE:?}: {what}"))
+}
+
+/// A directory of this test alone, removed with the value.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    pub fn new() -> Self {
+        let path = std::env::temp_dir().join(format!("exec-gateway-test-{}", uuid::Uuid::new_v4().simple()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn path(&self) -> &std::path::Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

@@ -3,6 +3,7 @@
 //! A tool that ran and failed is a [`ToolResult`] with `is_error`; a [`ToolError`] says that it did not get that far.
 
 mod open_file;
+mod process;
 mod read_file;
 mod shell;
 mod write_file;

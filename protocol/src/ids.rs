@@ -120,6 +120,10 @@ id!(
     TurnId, "turn id", "1 to 256 characters without control characters", is_opaque
 );
 id!(
+    /// A running process that callers can come back to, a version 4 UUID.
+    SessionId, "session id", "1 to 256 of A-Z a-z 0-9 _ -", is_path_id
+);
+id!(
     /// One of the gateway's own proxy tokens, `tok_<12>`.
     TokenId, "token id", "1 to 256 of A-Z a-z 0-9 _ -", is_path_id
 );

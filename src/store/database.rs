@@ -78,6 +78,31 @@ const MIGRATIONS: &[&str] = &["
         id INTEGER PRIMARY KEY CHECK (id = 1),
         writes INTEGER NOT NULL
     ) STRICT;
+", "
+    CREATE TABLE sessions (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        workspace TEXT NOT NULL,
+        executor TEXT NOT NULL,
+        environment TEXT NOT NULL,
+        start_key TEXT,
+        request_digest BLOB NOT NULL,
+        request TEXT NOT NULL,
+        process TEXT NOT NULL,
+        executor_session TEXT,
+        state TEXT NOT NULL,
+        exit_code INTEGER,
+        detail TEXT,
+        created_at INTEGER NOT NULL,
+        ended_at INTEGER,
+        stdin_accepted INTEGER NOT NULL DEFAULT 0,
+        stdin_eof INTEGER NOT NULL DEFAULT 0 CHECK (stdin_eof IN (0, 1)),
+        write_id TEXT,
+        write_length INTEGER,
+        write_digest BLOB,
+        UNIQUE (workspace, start_key)
+    ) STRICT;
+    CREATE INDEX sessions_workspace ON sessions (workspace, seq);
 "];
 
 /// Opens the store of a state directory at the present version, and makes directory and file if there are none.

@@ -445,7 +445,7 @@ impl Store {
         .await
     }
 
-    async fn read<T, F>(&self, question: F) -> Result<T, StoreError>
+    pub(super) async fn read<T, F>(&self, question: F) -> Result<T, StoreError>
     where
         T: Send + 'static,
         F: FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
@@ -458,7 +458,7 @@ impl Store {
         .await
     }
 
-    async fn write<T, F>(&self, change: F) -> Result<T, StoreError>
+    pub(super) async fn write<T, F>(&self, change: F) -> Result<T, StoreError>
     where
         T: Send + 'static,
         F: FnOnce(&Transaction<'_>) -> Result<T, StoreError> + Send + 'static,
@@ -591,7 +591,7 @@ fn name_taken(workspace: &WorkspaceId, name: &EnvironmentName) -> StoreError {
     StoreError::Conflict(format!("workspace {workspace} has another executor named {name}"))
 }
 
-fn one<T>(
+pub(super) fn one<T>(
     db: &Connection,
     sql: &str,
     params: impl Params,
@@ -600,7 +600,7 @@ fn one<T>(
     Ok(db.prepare_cached(sql)?.query_row(params, from).optional()?)
 }
 
-fn all<T>(
+pub(super) fn all<T>(
     db: &Connection,
     sql: &str,
     params: impl Params,
@@ -698,14 +698,14 @@ fn purpose_name(purpose: KeyPurpose) -> &'static str {
     }
 }
 
-fn parsed<T>(row: &Row<'_>, column: usize) -> rusqlite::Result<T>
+pub(super) fn parsed<T>(row: &Row<'_>, column: usize) -> rusqlite::Result<T>
 where
     T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
 {
     from_text(column, &row.get::<_, String>(column)?)
 }
 
-fn parsed_option<T>(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<T>>
+pub(super) fn parsed_option<T>(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<T>>
 where
     T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
 {
@@ -719,7 +719,7 @@ where
     text.parse().map_err(|error: T::Err| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error.into()))
 }
 
-fn unknown_text(column: usize, what: &str) -> rusqlite::Error {
+pub(super) fn unknown_text(column: usize, what: &str) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(column, Type::Text, format!("unknown {what}").into())
 }
 
@@ -729,14 +729,14 @@ fn now() -> SystemTime {
 }
 
 /// Nanoseconds since 1970, negative before; the years 1677 to 2262 fit, and what lies outside becomes the nearest end.
-fn nanos(time: SystemTime) -> i64 {
+pub(super) fn nanos(time: SystemTime) -> i64 {
     match time.duration_since(UNIX_EPOCH) {
         Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
         Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |nanos| -nanos),
     }
 }
 
-fn time(nanos: i64) -> SystemTime {
+pub(super) fn time(nanos: i64) -> SystemTime {
     let away = Duration::from_nanos(nanos.unsigned_abs());
     if nanos < 0 { UNIX_EPOCH - away } else { UNIX_EPOCH + away }
 }

@@ -5,6 +5,7 @@
 
 mod database;
 mod embedded;
+mod sessions;
 mod lock;
 #[cfg(test)]
 pub(crate) mod scratch;
@@ -15,12 +16,15 @@ use std::time::SystemTime;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use exec_gateway_protocol::ids::{EnvironmentName, ExecutorId, RegistrationId, TokenId, TurnId, UserId, WorkspaceId};
+use exec_gateway_protocol::ids::{EnvironmentName, ExecutorId, RegistrationId, SessionId, TokenId, TurnId, UserId, WorkspaceId};
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
 use zeroize::Zeroizing;
 
+use crate::config::Secret;
+
 pub use embedded::Store;
+pub use sessions::Reserved;
 pub use lock::StateLock;
 
 /// Why the store could not answer.
@@ -256,5 +260,102 @@ mod tests {
     #[test]
     fn the_secret_of_a_key_is_not_in_its_debug_output() {
         assert_eq!(format!("{:?}", key(7)), r#"GatewayKey { kid: "00c0ffee", secret: "***" }"#);
+    }
+}
+
+/// A process session as stored: what another gateway process needs to take it up again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionRow {
+    /// Its id.
+    pub id: SessionId,
+    /// Whose it is.
+    pub workspace: WorkspaceId,
+    /// Where it runs.
+    pub executor: ExecutorId,
+    /// The workspace's name for the executor when it was started.
+    pub environment: EnvironmentName,
+    /// The caller's key of the start.
+    pub start_key: Option<String>,
+    /// SHA-256 of what was asked for, so that one key never stands for two commands.
+    pub request_digest: [u8; 32],
+    /// What was asked for, as JSON of its owner.
+    pub request: String,
+    /// The process's id at the executor.
+    pub process: String,
+    /// The right to resume the executor's session; known once the conversation was opened.
+    pub executor_session: Option<Secret>,
+    /// How far it is.
+    pub state: SessionState,
+    /// The process's exit code.
+    pub exit_code: Option<i32>,
+    /// What is known about an end without exit code.
+    pub detail: Option<String>,
+    /// When it was asked for.
+    pub created_at: SystemTime,
+    /// When it ended.
+    pub ended_at: Option<SystemTime>,
+    /// Bytes of stdin that the executor has accepted.
+    pub stdin_accepted: u64,
+    /// Whether the end of stdin was asked for.
+    pub stdin_eof: bool,
+    /// A write that was sent and may not have been answered.
+    pub pending_write: Option<PendingWrite>,
+}
+
+/// A write to stdin under way: repeated with the same id, the executor writes it once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PendingWrite {
+    /// Its id at the executor.
+    pub id: String,
+    /// Bytes of the caller that it carries, from the accepted ones on.
+    pub length: u64,
+    /// SHA-256 of those bytes: a repeat must be the same.
+    pub digest: [u8; 32],
+}
+
+/// How far a session is.
+///
+/// ```text
+/// starting ─► running ─► exited
+///     │  └─► failed └─► lost
+///     └─► unknown
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SessionState {
+    /// The start may or may not have reached the executor.
+    Starting,
+    /// The executor has started the process.
+    Running,
+    /// The process has ended and all its output is here.
+    Exited,
+    /// The executor refused to start it: nothing ran.
+    Failed,
+    /// The executor was gone for longer than it keeps a session; the process was running.
+    Lost,
+    /// The executor was gone before it said whether it had started the process.
+    Unknown,
+}
+
+impl SessionState {
+    /// The word for callers and the store.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Exited => "exited",
+            Self::Failed => "failed",
+            Self::Lost => "lost",
+            Self::Unknown => "unknown",
+        }
+    }
+
+    /// Whether nothing more will come.
+    pub fn is_final(self) -> bool {
+        !matches!(self, Self::Starting | Self::Running)
+    }
+
+    fn from_word(word: &str) -> Option<Self> {
+        let all = [Self::Starting, Self::Running, Self::Exited, Self::Failed, Self::Lost, Self::Unknown];
+        all.into_iter().find(|state| state.as_str() == word)
     }
 }

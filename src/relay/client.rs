@@ -19,8 +19,8 @@ use crate::protocol::endpoint::{Endpoint, EndpointError, EndpointLimits};
 use crate::protocol::frame::{Body, Frame, data_header};
 use crate::protocol::message::{MessageError, MessageReader, RECORD_BYTES_MAX, write_message};
 use crate::protocol::rpc::{
-    EnvironmentInfo, INITIALIZED, Incoming, Initialize, Method, ProcessClosed, ProcessExited, ProcessOutput, RequestId,
-    RpcError, RpcParseError, encode_notification, encode_request,
+    EnvironmentInfo, ExecutorSessionId, INITIALIZED, Incoming, Initialize, Method, ProcessClosed, ProcessExited,
+    ProcessOutput, RequestId, RpcError, RpcParseError, encode_notification, encode_request,
 };
 
 /// How the gateway introduces itself.
@@ -29,6 +29,9 @@ const CLIENT_NAME: &str = "exec-gateway";
 /// Messages waiting to be encrypted; each caller has at most one here, and callers are bounded by
 /// `link.requests_in_flight_max`.
 const OUTGOING_MAX: usize = 64;
+
+/// Events waiting in the queue of one process: output chunks are at most 8 KiB (codex-exec-server.md §5.3).
+const EVENTS_MAX: usize = 128;
 
 /// Handles open at once; executors hold 128 per connection, and some may wait to be closed.
 const FILE_HANDLES_MAX: usize = 64;
@@ -84,17 +87,26 @@ pub enum ProcessEvent {
 /// Takes the events of one process. Runs inside the stream's task: it must neither block nor call the client.
 pub type ProcessHandler = Box<dyn FnMut(ProcessEvent) + Send>;
 
+/// Where the events of one process go.
+enum Sink {
+    /// Taken at once, on a stream that several calls share.
+    Handler(ProcessHandler),
+    /// Waited for, on a stream of one process alone: while its owner is behind, nobody else is held up.
+    Queue(mpsc::Sender<ProcessEvent>),
+}
+
 /// A handle to one initialized conversation with an executor; cheap to clone.
 #[derive(Clone)]
 pub struct Client {
     shared: Arc<Shared>,
     outgoing: mpsc::Sender<Outgoing>,
     info: Arc<EnvironmentInfo>,
+    session: Option<ExecutorSessionId>,
 }
 
 struct Shared {
     calls: Mutex<Calls>,
-    processes: Mutex<HashMap<String, ProcessHandler>>,
+    processes: Mutex<HashMap<String, Sink>>,
     in_flight: Arc<Semaphore>,
     file_handles: Arc<Semaphore>,
     answer_timeout: Duration,
@@ -139,8 +151,8 @@ enum End {
 }
 
 impl Client {
-    /// Encrypts the stream, proves our right by `authorization`, and initializes a new executor session on it.
-    /// Cancelling resets the stream.
+    /// Encrypts the stream, proves our right by `authorization`, and initializes an executor session on it: a new one, or
+    /// the one to resume. Cancelling resets the stream.
     ///
     /// # Errors
     /// [`ConnectError`]; nothing has run on the executor then.
@@ -148,6 +160,7 @@ impl Client {
         mut stream: StreamHandle,
         identity: &GatewayIdentity,
         authorization: &str,
+        resume: Option<ExecutorSessionId>,
     ) -> Result<Self, ConnectError> {
         let link = stream.link().clone();
         let settings = link.settings();
@@ -181,10 +194,11 @@ impl Client {
             ended: CancellationToken::new(),
         });
         tokio::spawn(run(stream, channel, messages, shared.clone(), settings.message_bytes_max));
-        let mut client = Self { shared, outgoing, info: Arc::default() };
-        let initialize = Initialize { client_name: CLIENT_NAME.into(), resume_session_id: None };
+        let mut client = Self { shared, outgoing, info: Arc::default(), session: None };
+        let initialize = Initialize { client_name: CLIENT_NAME.into(), resume_session_id: resume };
         let session = client.call(&initialize).await.map_err(ConnectError::Initialize)?;
         client.info = Arc::new(session.environment_info);
+        client.session = session.session_id;
         client.notify(INITIALIZED, &serde_json::json!({})).await.map_err(ConnectError::Initialize)?;
         Ok(client)
     }
@@ -192,6 +206,11 @@ impl Client {
     /// What the executor told about its machine.
     pub fn environment(&self) -> &EnvironmentInfo {
         &self.info
+    }
+
+    /// The right to resume this executor session on another stream; older executors give none.
+    pub fn session(&self) -> Option<&ExecutorSessionId> {
+        self.session.as_ref()
     }
 
     /// Whether the conversation is over.
@@ -254,7 +273,18 @@ impl Client {
     /// Has the events of a process handed to `handler` until the subscription is dropped. Subscribe before starting
     /// the process: a quick one is over before its start is answered.
     pub fn subscribe(&self, process: &str, handler: ProcessHandler) -> Subscription {
-        self.shared.processes().insert(process.to_owned(), handler);
+        self.subscribe_to(process, Sink::Handler(handler))
+    }
+
+    /// As [`Self::subscribe`], with the events in a queue. While it is full the whole stream waits, so the stream must
+    /// carry this process alone.
+    pub fn subscribe_queue(&self, process: &str) -> (Subscription, mpsc::Receiver<ProcessEvent>) {
+        let (sender, events) = mpsc::channel(EVENTS_MAX);
+        (self.subscribe_to(process, Sink::Queue(sender)), events)
+    }
+
+    fn subscribe_to(&self, process: &str, sink: Sink) -> Subscription {
+        self.shared.processes().insert(process.to_owned(), sink);
         Subscription { shared: self.shared.clone(), process: process.to_owned() }
     }
 }
@@ -276,7 +306,7 @@ impl Shared {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn processes(&self) -> MutexGuard<'_, HashMap<String, ProcessHandler>> {
+    fn processes(&self) -> MutexGuard<'_, HashMap<String, Sink>> {
         self.processes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -286,12 +316,12 @@ impl Shared {
         }
     }
 
-    fn take_in(&self, message: &[u8]) -> Result<(), RpcParseError> {
+    async fn take_in(&self, message: &[u8]) -> Result<(), RpcParseError> {
         match Incoming::parse(message)? {
             Incoming::Response { id, result } => self.answer(&id, Ok(result.to_owned())),
             // Malformed input is answered with id -1, which is never ours: numbers start at 1.
             Incoming::Error { id, error } => self.answer(&id, Err(CallError::Rpc(error))),
-            Incoming::Notification { method, params } => self.notified(&method, params),
+            Incoming::Notification { method, params } => self.notified(&method, params).await,
             // Asked only when a start carried a network proxy, which ours never does.
             Incoming::Request { method, .. } => tracing::debug!(%method, "request of an executor ignored"),
         }
@@ -307,7 +337,7 @@ impl Shared {
         }
     }
 
-    fn notified(&self, method: &str, params: Option<&RawValue>) {
+    async fn notified(&self, method: &str, params: Option<&RawValue>) {
         let params = params.map_or("null", RawValue::get);
         let event = match method {
             ProcessOutput::NAME => serde_json::from_str(params).map(ProcessEvent::Output),
@@ -322,10 +352,16 @@ impl Shared {
                     ProcessEvent::Exited(exited) => &exited.process_id,
                     ProcessEvent::Closed(closed) => &closed.process_id,
                 };
-                let mut processes = self.processes();
-                if let Some(handler) = processes.get_mut(process) {
-                    handler(event);
-                }
+                let queue = match self.processes().get_mut(process) {
+                    None => return,
+                    Some(Sink::Handler(handler)) => {
+                        handler(event);
+                        return;
+                    }
+                    Some(Sink::Queue(queue)) => queue.clone(),
+                };
+                // The owner may have left.
+                let _ = queue.send(event).await;
             }
             Err(error) => tracing::warn!(%method, %error, "notification of an executor does not parse"),
         }
@@ -380,7 +416,7 @@ async fn run(
                 let plain = channel.lock().unwrap_or_else(PoisonError::into_inner).open(&record)?;
                 reader.push(plain);
                 while let Some(message) = reader.next()? {
-                    shared.take_in(&message)?;
+                    shared.take_in(&message).await?;
                 }
             }
         }

@@ -18,7 +18,8 @@ const APPLICATION_ID: i64 = 0x6578_4757;
 ///
 /// `seq` numbers the rows of a table as they were written, since the wall clock may step back. Times are nanoseconds
 /// since 1970-01-01 UTC.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE executors (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
         id TEXT NOT NULL UNIQUE,
@@ -78,7 +79,8 @@ const MIGRATIONS: &[&str] = &["
         id INTEGER PRIMARY KEY CHECK (id = 1),
         writes INTEGER NOT NULL
     ) STRICT;
-", "
+",
+    "
     CREATE TABLE sessions (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
         id TEXT NOT NULL UNIQUE,
@@ -103,7 +105,8 @@ const MIGRATIONS: &[&str] = &["
         UNIQUE (workspace, start_key)
     ) STRICT;
     CREATE INDEX sessions_workspace ON sessions (workspace, seq);
-"];
+",
+];
 
 /// Opens the store of a state directory at the present version, and makes directory and file if there are none.
 pub(super) fn open(state_dir: &Path) -> Result<Connection, StoreError> {

@@ -5,10 +5,10 @@
 
 mod database;
 mod embedded;
-mod sessions;
 mod lock;
 #[cfg(test)]
 pub(crate) mod scratch;
+mod sessions;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,9 @@ use std::time::SystemTime;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use exec_gateway_protocol::ids::{EnvironmentName, ExecutorId, RegistrationId, SessionId, TokenId, TurnId, UserId, WorkspaceId};
+use exec_gateway_protocol::ids::{
+    EnvironmentName, ExecutorId, RegistrationId, SessionId, TokenId, TurnId, UserId, WorkspaceId,
+};
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
 use zeroize::Zeroizing;
@@ -24,8 +26,8 @@ use zeroize::Zeroizing;
 use crate::config::Secret;
 
 pub use embedded::Store;
-pub use sessions::Reserved;
 pub use lock::StateLock;
+pub use sessions::Reserved;
 
 /// Why the store could not answer.
 #[derive(Debug, thiserror::Error)]

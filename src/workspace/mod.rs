@@ -16,8 +16,9 @@ use crate::auth::cap_token::CapTokenRefused;
 use crate::auth::{Auth, Principal};
 use crate::config;
 use crate::protocol::ids::WorkspaceId;
+use crate::protocol::rpc::ExecutorSessionId;
 use crate::registry::Registry;
-use crate::relay::client::ConnectError;
+use crate::relay::client::{Client, ConnectError};
 use crate::relay::link::OpenError;
 use crate::relay::noise::GatewayIdentity;
 use crate::relay::stream::StreamHandle;
@@ -158,6 +159,30 @@ impl Workspace {
         let cap_tokens = self.corridor.auth.cap_tokens();
         let token = cap_tokens.for_workspace(&self.id).map_err(ReachError::Refused)?;
         cap_tokens.verify(token.expose()).map_err(ReachError::Refused)
+    }
+
+    /// Opens a stream under the workspace's own right.
+    ///
+    /// # Errors
+    /// As [`Self::open_stream`].
+    pub async fn open_own_stream(&self, binding: &Binding) -> Result<StreamHandle, ReachError> {
+        self.open_stream(&self.own_right()?, binding).await
+    }
+
+    /// Starts the conversation on a stream of this workspace, in a new executor session or in the one to resume.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn converse(
+        &self,
+        stream: StreamHandle,
+        resume: Option<ExecutorSessionId>,
+    ) -> Result<Client, ConnectError> {
+        let registration = stream.link().registration();
+        let identity = &self.corridor.identity;
+        let harness = self.corridor.auth.harness();
+        let authorization = harness.mint(&self.id, &registration.executor, &registration.id, &identity.key_digest());
+        Client::connect(stream, identity, &authorization, resume).await
     }
 
     /// Opens a stream to a bound executor: the only way from a caller to an executor, so rights and bounds are

@@ -106,14 +106,6 @@ async fn open(workspace: Arc<Workspace>, binding: Binding) -> Result<Client, Arc
 }
 
 async fn try_open(workspace: &Workspace, binding: &Binding) -> Result<Result<Client, ConnectError>, Arc<ReachError>> {
-    let right = workspace.own_right().map_err(Arc::new)?;
-    let stream = workspace.open_stream(&right, binding).await.map_err(Arc::new)?;
-    let corridor = workspace.corridor();
-    let authorization = corridor.auth.harness().mint(
-        workspace.id(),
-        binding.executor(),
-        &stream.link().registration().id,
-        &corridor.identity.key_digest(),
-    );
-    Ok(Client::connect(stream, &corridor.identity, &authorization).await)
+    let stream = workspace.open_own_stream(binding).await.map_err(Arc::new)?;
+    Ok(workspace.converse(stream, None).await)
 }

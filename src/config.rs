@@ -211,6 +211,28 @@ config! {
         env_exclude: Vec<String> = ["CODEX_*", "OPENAI_*", "AWS_*", "EXEC_*"].map(String::from).to_vec(),
     }
 
+    /// Process sessions.
+    session: Sessions {
+        /// Sessions of one workspace, ended ones that can still be read included; a further one gets 429.
+        workspace_max: usize = 64 => 1..=100_000,
+        /// Time after its end for which a session stays readable without being read, in seconds.
+        idle_secs: u64 = 1800 => 1..=30 * 86_400,
+        /// Time after which a running process is ended that neither writes nor is read or written to, in seconds.
+        running_idle_secs: u64 = 86_400 => 1..=365 * 86_400,
+        /// Newest output of one session kept in memory for quick reading, in bytes.
+        memory_bytes_max: usize = 1024 * 1024 => 4096..=256 * 1024 * 1024,
+        /// Output of one session kept on disk, in bytes; past it the oldest goes.
+        spill_bytes_max: u64 = 256 * 1024 * 1024 => 1024 * 1024..=1024 * 1024 * 1024 * 1024,
+        /// Output that one answer carries when the caller does not say, in bytes.
+        page_bytes: usize = 1024 * 1024 => 1024..=64 * 1024 * 1024,
+        /// Output that one answer carries at most, in bytes.
+        page_bytes_max: usize = 8 * 1024 * 1024 => 1024..=64 * 1024 * 1024,
+        /// Longest time a caller may wait for new output, or for stdin to be accepted, in seconds.
+        wait_max_secs: u64 = 25 => 1..=28,
+        /// How long an executor keeps the processes of a link that it lost, in seconds; codex keeps them 80 s.
+        retention_secs: u64 = 80 => 1..=86_400,
+    }
+
     /// Shutdown.
     drain: Drain {
         /// Time between not being ready and refusing new calls, in seconds.

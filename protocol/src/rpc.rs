@@ -467,6 +467,19 @@ pub struct EnvPolicy {
     pub include_only: Vec<String>,
 }
 
+impl EnvPolicy {
+    /// All of the executor's environment but names that match `exclude` and those that look like secrets.
+    pub fn commands(exclude: &[String]) -> Self {
+        Self {
+            inherit: EnvInherit::All,
+            ignore_default_excludes: false,
+            exclude: exclude.to_vec(),
+            set: BTreeMap::new(),
+            include_only: Vec::new(),
+        }
+    }
+}
+
 /// Where a process environment starts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -10,6 +10,7 @@ use crate::edge::body::BodyError;
 use crate::edge::upgrade::UpgradeError;
 use crate::protocol::rest::Ran;
 use crate::relay::client::{CallError, ConnectError};
+use crate::session::{SessionError, StdinError};
 use crate::store::StoreError;
 use crate::tools::ToolError;
 use crate::workspace::{ReachError, TooManyCalls};
@@ -185,6 +186,43 @@ impl From<&ReachError> for ApiError {
     }
 }
 
+impl From<&SessionError> for ApiError {
+    fn from(error: &SessionError) -> Self {
+        let message = error.to_string();
+        match error {
+            SessionError::Unknown(_) => Self::new(404, "session_not_found", message),
+            SessionError::TooMany(_) => Self::new(429, "too_many_sessions", message).retry_after(5),
+            SessionError::KeyConflict => Self::new(409, "idempotency_conflict", message),
+            SessionError::Store(_) | SessionError::Disk(_) => {
+                Self::new(503, "store_unavailable", message).retry_after(2).caused_by(error)
+            }
+            SessionError::NotStarted(_) => Self::new(502, "executor_unreachable", message).with_ran(Ran::No),
+            SessionError::StartUnknown => Self::new(502, "executor_unreachable", message).with_ran(Ran::Unknown),
+            SessionError::StartPending => Self::new(504, "executor_timeout", message).with_ran(Ran::Unknown),
+        }
+    }
+}
+
+impl From<SessionError> for ApiError {
+    fn from(error: SessionError) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<StdinError> for ApiError {
+    fn from(error: StdinError) -> Self {
+        let (status, code) = match error {
+            StdinError::Closed => (409, "stdin_closed"),
+            StdinError::Full { .. } => (429, "stdin_full"),
+            StdinError::Gap { .. } | StdinError::Changed { .. } => (409, "stdin_offset"),
+            StdinError::EofUnsupported => (409, "eof_unsupported"),
+            StdinError::Lost => (503, "executor_not_connected"),
+        };
+        let refused = Self::new(status, code, error.to_string());
+        if matches!(status, 429 | 503) { refused.retry_after(1) } else { refused }
+    }
+}
+
 impl From<Arc<ReachError>> for ApiError {
     fn from(error: Arc<ReachError>) -> Self {
         Self::from(&*error)
@@ -204,6 +242,7 @@ impl From<ToolError> for ApiError {
             ToolError::Reach(reach) => Self::from(&**reach),
             ToolError::Lost { ran } => Self::new(502, "executor_unreachable", error.to_string()).with_ran(*ran),
             ToolError::NoAnswer { ran } => Self::new(504, "executor_timeout", error.to_string()).with_ran(*ran),
+            ToolError::Session(session) => Self::from(session),
             ToolError::Malformed(cause) => {
                 Self::new(502, "executor_unreachable", error.to_string()).with_ran(Ran::Unknown).caused_by(cause)
             }

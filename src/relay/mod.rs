@@ -6,4 +6,5 @@
 pub mod client;
 pub mod link;
 pub mod noise;
+pub mod process_tree;
 pub mod stream;

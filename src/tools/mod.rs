@@ -2,6 +2,8 @@
 //!
 //! A tool that ran and failed is a [`ToolResult`] with `is_error`; a [`ToolError`] says that it did not get that far.
 
+mod command;
+mod exec_command;
 mod open_file;
 mod process;
 mod read_file;
@@ -20,6 +22,7 @@ use crate::protocol::path::{FileUri, PathError};
 use crate::protocol::rest::{Ran, ToolInfo, ToolResult};
 use crate::protocol::rpc::{self, EnvironmentInfo, RpcError};
 use crate::relay::client::{CallError, Client};
+use crate::session::{SessionError, Sessions};
 use crate::store::Binding;
 use crate::workspace::pool::{Pool, Use};
 use crate::workspace::{ReachError, Workspace};
@@ -33,6 +36,8 @@ pub enum Tool {
     ReadFile,
     /// Writes a file.
     WriteFile,
+    /// Starts a process session.
+    ExecCommand,
 }
 
 /// One call of a tool, ready to run.
@@ -45,6 +50,10 @@ pub struct Call {
     pub settings: Arc<config::Tools>,
     /// When the call arrived: its timeout counts from here.
     pub started: Instant,
+    /// Processes that outlive the call.
+    pub sessions: Arc<Sessions>,
+    /// The caller's `Idempotency-Key`.
+    pub key: Option<String>,
     /// As the caller wrote them.
     pub arguments: Value,
 }
@@ -70,6 +79,9 @@ pub enum ToolError {
         /// Whether the call may have run.
         ran: Ran,
     },
+    /// A process session could not be started.
+    #[error(transparent)]
+    Session(SessionError),
     /// The executor's answer makes no sense.
     #[error("the executor's answer is malformed")]
     Malformed(#[source] serde_json::Error),
@@ -77,7 +89,7 @@ pub enum ToolError {
 
 impl Tool {
     /// Every tool, in the order of the original's list.
-    pub const ALL: &'static [Self] = &[Self::Shell, Self::ReadFile, Self::WriteFile];
+    pub const ALL: &'static [Self] = &[Self::Shell, Self::ReadFile, Self::WriteFile, Self::ExecCommand];
 
     /// The tool of that name.
     pub fn named(name: &str) -> Option<Self> {
@@ -90,6 +102,7 @@ impl Tool {
             Self::Shell => "shell",
             Self::ReadFile => "read_file",
             Self::WriteFile => "write_file",
+            Self::ExecCommand => "exec_command",
         }
     }
 
@@ -103,6 +116,7 @@ impl Tool {
             Self::Shell => shell::DESCRIPTION,
             Self::ReadFile => read_file::DESCRIPTION,
             Self::WriteFile => write_file::DESCRIPTION,
+            Self::ExecCommand => exec_command::DESCRIPTION,
         }
     }
 
@@ -111,6 +125,7 @@ impl Tool {
             Self::Shell => schemars::schema_for!(shell::Arguments),
             Self::ReadFile => schemars::schema_for!(read_file::Arguments),
             Self::WriteFile => schemars::schema_for!(write_file::Arguments),
+            Self::ExecCommand => schemars::schema_for!(exec_command::Arguments),
         };
         let mut schema = schema.to_value();
         if let Some(schema) = schema.as_object_mut() {
@@ -139,6 +154,7 @@ impl Tool {
             Self::Shell => shell::call(call).await,
             Self::ReadFile => read_file::call(call).await,
             Self::WriteFile => write_file::call(call).await,
+            Self::ExecCommand => exec_command::call(call).await,
         }
     }
 }

@@ -1,39 +1,7 @@
 //! A process started for one call, ended with its whole tree when the call is over before the process is.
-//!
-//! Executors kill the process group of a process that still runs, and nothing once it has exited. What it left behind,
-//! and what moved to a session of its own, is found by a mark in the environment of everything it started.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
-
-use tokio::sync::watch;
-use tokio::time::timeout;
-
-use crate::protocol::path::FileUri;
-use crate::protocol::rpc::{EnvInherit, EnvPolicy, ProcessStart, ProcessTerminate};
-use crate::relay::client::{CallError, Client, ProcessEvent};
-
-/// The variable that marks a command and all it starts; its value is the process id on the wire, known to nobody else.
-pub(super) const MARK: &str = "EXEC_GATEWAY_PROCESS";
-
-/// How long the search for left-over processes may take.
-const SWEEP_WAIT: Duration = Duration::from_secs(5);
-
-/// Kills every process whose environment carries the mark `$1`, until there is none: one may start another while it
-/// is looked for. Needs procfs; elsewhere the process group is all that is ended. The search itself does not carry the
-/// mark, since the executor starts it with an environment of its own.
-const SWEEP: &str = r#"[ -r /proc/self/environ ] || exit 0
-rounds=0
-while [ "$rounds" -lt 50 ]; do
-  found=
-  for file in $(grep -lsF -- "$1" /proc/[0-9]*/environ); do
-    pid=${file#/proc/}
-    kill -KILL "${pid%/environ}" 2>/dev/null && found=yes
-  done
-  [ -n "$found" ] || exit 0
-  rounds=$((rounds + 1))
-done
-exit 1"#;
+use crate::relay::client::{CallError, Client};
+use crate::relay::process_tree::end_tree;
 
 /// Ends its process on drop, unless it is [`Process::gone`].
 pub(super) struct Process {
@@ -75,47 +43,5 @@ impl Drop for Process {
                 }
             });
         }
-    }
-}
-
-async fn end_tree(client: &Client, id: &str) -> Result<(), CallError> {
-    client.call(&ProcessTerminate { process_id: id.to_owned() }).await?;
-    if client.environment().is_windows() {
-        return Ok(());
-    }
-    let sweep = ProcessStart {
-        process_id: format!("{id}-end"),
-        argv: ["/bin/sh", "-c", SWEEP, "sh", &format!("{MARK}={id}")].map(str::to_owned).to_vec(),
-        cwd: FileUri::parse("file:///").expect("a literal URI"),
-        env: BTreeMap::new(),
-        tty: false,
-        pipe_stdin: false,
-        arg0: None,
-        env_policy: Some(EnvPolicy {
-            inherit: EnvInherit::Core,
-            ignore_default_excludes: false,
-            exclude: Vec::new(),
-            set: BTreeMap::new(),
-            include_only: Vec::new(),
-        }),
-        sandbox: None,
-    };
-    let (done, mut finished) = watch::channel(false);
-    let _events = client.subscribe(
-        &sweep.process_id,
-        Box::new(move |event| {
-            if let ProcessEvent::Closed(_) = event {
-                done.send_replace(true);
-            }
-        }),
-    );
-    match client.call(&sweep).await {
-        Ok(_) => {
-            let _ = timeout(SWEEP_WAIT, finished.wait_for(|done| *done)).await;
-            Ok(())
-        }
-        // An executor without a shell: its process group is all that can be ended.
-        Err(CallError::Rpc(_)) => Ok(()),
-        Err(error) => Err(error),
     }
 }

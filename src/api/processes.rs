@@ -1,0 +1,323 @@
+//! Process sessions of a workspace over HTTP: output, stdin, terminate, list (connectors-api.md §2.2, §5).
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use hyper::body::Incoming;
+use hyper::{Request, Response};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::time::{Instant, timeout_at};
+
+use super::error::ApiError;
+use super::rest::{caller, field_error};
+use super::{Api, json as json_answer, query_parameter};
+use crate::edge::body::{self, Body};
+use crate::journal::Page;
+use crate::session::{EndSignal, Session, StdinMode, WriteOrder};
+use crate::time::rfc3339;
+
+/// How long an ended process may take to be gone before the answer says only that it was asked.
+const END_CONFIRM: Duration = Duration::from_secs(10);
+
+/// Longest grace between interrupt and kill.
+const GRACE_MAX: Duration = Duration::from_secs(20);
+
+async fn session(api: &Api, id: &str, request: &Request<Incoming>) -> Result<Arc<Session>, ApiError> {
+    let principal = caller(api, request).await?;
+    Ok(api.sessions.get(principal.workspace(), id)?)
+}
+
+/// `GET …/processes`: the workspace's sessions, oldest first.
+pub async fn list(api: &Arc<Api>, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let principal = caller(api, &request).await?;
+    let sessions: Vec<Value> = api.sessions.of(principal.workspace()).iter().map(|session| describe(session)).collect();
+    Ok(json_answer(&json!({ "processes": sessions })))
+}
+
+/// `GET …/processes/{sid}`
+pub async fn show(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let session = session(api, id, &request).await?;
+    session.touch();
+    Ok(json_answer(&describe(&session)))
+}
+
+/// `DELETE …/processes/{sid}`: ends the process and forgets its output.
+pub async fn forget(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let session = session(api, id, &request).await?;
+    api.sessions.forget(&session).await?;
+    Ok(json_answer(&json!({ "ok": true })))
+}
+
+fn describe(session: &Session) -> Value {
+    let status = session.status();
+    let totals = session.journal().totals();
+    let bytes = |tag: u8| totals.iter().find(|total| total.tag == tag).map_or(0, |total| total.bytes);
+    json!({
+        "session_id": session.id.as_str(),
+        "environment": session.environment,
+        "state": status.state.as_str(),
+        "label": session.request.label,
+        "command": session.request.argv,
+        "tty": session.request.tty,
+        "stdin": session.request.stdin,
+        "started_at": rfc3339(session.created_at),
+        "ended_at": status.ended_at.map(rfc3339),
+        "exit_code": status.exit_code,
+        "detail": status.detail,
+        "stdout_bytes": bytes(0) + bytes(2),
+        "stderr_bytes": bytes(1),
+        "stdin_accepted": status.stdin_accepted,
+        "stdin_eof": status.stdin_eof,
+    })
+}
+
+/// What a caller wants to read.
+struct OutputQuery {
+    since: u64,
+    tag: Option<u8>,
+    offset: Option<u64>,
+    bytes_max: usize,
+    wait: Duration,
+    head_tail: Option<usize>,
+}
+
+impl OutputQuery {
+    fn parse(api: &Api, query: &str) -> Result<Self, ApiError> {
+        let settings = &api.config.session;
+        let number = |name: &str| -> Result<Option<u64>, ApiError> {
+            match query_parameter(query, name) {
+                None => Ok(None),
+                Some(text) => match text.parse() {
+                    Ok(number) => Ok(Some(number)),
+                    Err(_) => Err(ApiError::new(400, "bad_request", format!("{name}: expected a whole number from 0"))),
+                },
+            }
+        };
+        let bounded = |name: &str, default: usize| -> Result<usize, ApiError> {
+            let wanted = number(name)?.map_or(default, |wanted| usize::try_from(wanted).unwrap_or(usize::MAX));
+            Ok(wanted.clamp(1, settings.page_bytes_max))
+        };
+        let tag = match query_parameter(query, "stream").as_deref() {
+            None => None,
+            Some("stdout") => Some(0),
+            Some("stderr") => Some(1),
+            Some("pty") => Some(2),
+            Some(_) => return Err(ApiError::new(400, "bad_request", "stream: expected stdout, stderr or pty")),
+        };
+        let head_tail = match query_parameter(query, "view").as_deref() {
+            None => None,
+            Some("head_tail") => Some(bounded("bytes", settings.page_bytes)?),
+            Some(_) => return Err(ApiError::new(400, "bad_request", "view: expected head_tail")),
+        };
+        let offset = number("offset")?;
+        if offset.is_some() && tag.is_none() {
+            return Err(ApiError::new(400, "bad_request", "offset: needs stream"));
+        }
+        let wait = number("wait_ms")?.unwrap_or(0).min(settings.wait_max_secs * 1000);
+        // As the original: what is not a number counts from the start.
+        let since = query_parameter(query, "since").and_then(|since| since.parse().ok()).unwrap_or(0);
+        let bytes_max = bounded("max_bytes", settings.page_bytes)?;
+        Ok(Self { since, tag, offset, bytes_max, wait: Duration::from_millis(wait), head_tail })
+    }
+}
+
+/// `GET …/processes/{sid}/output`
+pub async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let session = session(api, id, &request).await?;
+    session.touch();
+    let query = OutputQuery::parse(api, request.uri().query().unwrap_or_default())?;
+    if let Some(bytes) = query.head_tail {
+        return head_tail(&session, &query, bytes).await;
+    }
+    let until = Instant::now() + query.wait;
+    let mut changes = session.watch();
+    loop {
+        let status = changes.borrow_and_update().clone();
+        let page = page(&session, &query).await?;
+        let nothing = page.records.is_empty() && page.lost_bytes == 0;
+        if nothing && !status.state.is_final() && timeout_at(until, changes.changed()).await.is_ok_and(|ok| ok.is_ok()) {
+            continue;
+        }
+        session.touch();
+        // The exit is told on the page that reaches the end, and on every later empty one.
+        let over = status.state.is_final() && page.end;
+        let mut answer = json!({
+            "chunks": chunks(&page),
+            "exit_code": if over { json!(status.exit_code) } else { Value::Null },
+            "session_alive": !over,
+            "truncated": page.lost_bytes > 0,
+            "lost_bytes": page.lost_bytes,
+            "next_since": page.next_since,
+            "state": if over { status.state.as_str() } else { "running" },
+        });
+        if over {
+            answer["exit"] = exit(&session);
+        }
+        return Ok(json_answer(&answer));
+    }
+}
+
+async fn page(session: &Arc<Session>, query: &OutputQuery) -> Result<Page, ApiError> {
+    let journal = session.journal().clone();
+    let (since, tag, offset, bytes_max) = (query.since, query.tag, query.offset, query.bytes_max);
+    read(move || match (tag, offset) {
+        (Some(tag), Some(offset)) => journal.page_from(tag, offset, bytes_max),
+        _ => journal.page(since, tag, bytes_max),
+    })
+    .await
+}
+
+/// Files are read beside the runtime, so that a slow disk holds up nobody else.
+async fn read<T: Send + 'static>(reading: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T, ApiError> {
+    let failed = |error: &(dyn std::error::Error + 'static)| {
+        ApiError::new(503, "store_unavailable", "the output could not be read").retry_after(2).caused_by(error)
+    };
+    match tokio::task::spawn_blocking(reading).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(failed(&error)),
+        Err(error) => Err(failed(&error)),
+    }
+}
+
+async fn head_tail(session: &Arc<Session>, query: &OutputQuery, bytes: usize) -> Result<Response<Body>, ApiError> {
+    let journal = session.journal().clone();
+    let tag = query.tag;
+    let (head, tail) = read(move || journal.head_tail(tag, bytes)).await?;
+    let status = session.status();
+    let over = status.state.is_final();
+    Ok(json_answer(&json!({
+        "head": chunks(&head),
+        "tail": chunks(&tail),
+        "exit_code": status.exit_code,
+        "session_alive": !over,
+        "state": status.state.as_str(),
+        "exit": if over { exit(session) } else { Value::Null },
+    })))
+}
+
+fn chunks(page: &Page) -> Vec<Value> {
+    let stream = |tag: u8| match tag {
+        1 => "stderr",
+        2 => "pty",
+        _ => "stdout",
+    };
+    page.records
+        .iter()
+        .map(|record| match &record.gap {
+            None => json!({
+                "seq": record.seq,
+                "stream": stream(record.tag),
+                "offset": record.offset,
+                "data_b64": STANDARD.encode(&record.bytes),
+            }),
+            Some(gap) => json!({
+                "seq": record.seq,
+                "stream": stream(record.tag),
+                "offset": record.offset,
+                "data_b64": "",
+                "gap": { "chunks": gap.chunks, "bytes": gap.bytes },
+            }),
+        })
+        .collect()
+}
+
+/// Everything that is known about the end.
+fn exit(session: &Session) -> Value {
+    let status = session.status();
+    let totals: serde_json::Map<String, Value> = session
+        .journal()
+        .totals()
+        .iter()
+        .map(|total| {
+            let name = match total.tag {
+                1 => "stderr",
+                2 => "pty",
+                _ => "stdout",
+            };
+            let digest = total.sha256.map(|digest| digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
+            (name.to_owned(), json!({ "bytes": total.bytes, "lost_bytes": total.lost_bytes, "sha256": digest }))
+        })
+        .collect();
+    json!({
+        "state": status.state.as_str(),
+        "exit_code": status.exit_code,
+        // 128 + n is how a shell and the executor tell signal n.
+        "signal": status.exit_code.filter(|code| (129..=192).contains(code)).map(|code| code - 128),
+        "detail": status.detail,
+        "streams": totals,
+        "started_at": rfc3339(session.created_at),
+        "ended_at": status.ended_at.map(rfc3339),
+        "duration_ms": duration_ms(session.created_at, status.ended_at),
+    })
+}
+
+fn duration_ms(from: SystemTime, to: Option<SystemTime>) -> Option<u64> {
+    u64::try_from(to?.duration_since(from).ok()?.as_millis()).ok()
+}
+
+/// Body of `stdin`.
+#[derive(Deserialize)]
+struct StdinBody {
+    #[serde(default)]
+    data_b64: Option<String>,
+    #[serde(default)]
+    offset: Option<u64>,
+    #[serde(default)]
+    eof: bool,
+}
+
+/// `POST …/processes/{sid}/stdin`
+pub async fn stdin(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    api.refuse_while_draining()?;
+    let session = session(api, id, &request).await?;
+    let body: StdinBody = read_json(api, request).await?;
+    let bytes = STANDARD
+        .decode(body.data_b64.unwrap_or_default())
+        .map_err(|_| ApiError::new(400, "bad_base64", "data_b64: expected standard base64 with padding"))?;
+    if body.eof && session.request.stdin != StdinMode::Stream {
+        return Err(ApiError::new(409, "eof_unsupported", "the stdin of this session has no end; start it with stdin \"stream\""));
+    }
+    let order = WriteOrder { offset: body.offset, bytes: Bytes::from(bytes), eof: body.eof };
+    let wait = Duration::from_secs(api.config.session.wait_max_secs);
+    let written = session.write(&api.corridor.store, order, wait).await?;
+    Ok(json_answer(&json!({ "ok": true, "accepted": written.accepted, "eof": written.eof })))
+}
+
+/// Body of `terminate`.
+#[derive(Deserialize, Default)]
+struct TerminateBody {
+    #[serde(default)]
+    signal: Option<EndSignal>,
+    #[serde(default)]
+    grace_ms: Option<u64>,
+}
+
+/// `POST …/processes/{sid}/terminate`: kills at once unless the body says otherwise; confirmed by the exit where it
+/// comes soon.
+pub async fn terminate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let session = session(api, id, &request).await?;
+    let body: TerminateBody = read_json(api, request).await?;
+    let signal = body.signal.unwrap_or(EndSignal::Kill);
+    let grace = body.grace_ms.map_or(Duration::from_secs(5), Duration::from_millis).min(GRACE_MAX);
+    let ending = {
+        let session = session.clone();
+        // Goes on when the caller leaves.
+        tokio::spawn(async move { session.end(signal, grace).await })
+    };
+    let wait = if signal == EndSignal::Interrupt { Duration::from_secs(1) } else { grace + END_CONFIRM };
+    let _ = tokio::time::timeout(wait, ending).await;
+    let status = session.over(if signal == EndSignal::Interrupt { Duration::ZERO } else { END_CONFIRM }).await;
+    Ok(json_answer(&json!({ "ok": true, "state": status.state.as_str(), "exit_code": status.exit_code })))
+}
+
+async fn read_json<T: serde::de::DeserializeOwned>(api: &Api, request: Request<Incoming>) -> Result<T, ApiError> {
+    let edge = &api.config.edge;
+    let body = body::read(request.into_body(), edge.body_bytes_max, Duration::from_secs(edge.body_timeout_secs)).await?;
+    let text: &[u8] = if body.is_empty() { b"{}" } else { &body };
+    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(text))
+        .map_err(|error| ApiError::new(400, "bad_request", field_error("", &error)))
+}

@@ -1,0 +1,559 @@
+//! Process sessions: processes that callers start, come back to, write to and end (connectors-api.md §5, §2.2).
+//!
+//! [`Sessions`] is the table of all of them. Each [`Session`] has one task (`process`) that owns its conversation with
+//! the executor and its journal; callers read the journal and give orders. Sessions outlive links, callers and the
+//! gateway process itself.
+
+mod process;
+mod stdin;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use dashmap::DashMap;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::auth::Auth;
+use crate::config;
+use crate::journal::{Full, Journal, JournalReader, Limits};
+use crate::protocol::ids::{SessionId, WorkspaceId};
+use crate::protocol::rpc::{ProcessSignal, Signal};
+use crate::relay::client::{CallError, Client};
+use crate::relay::process_tree::end_tree;
+use crate::store::{Binding, Reserved, SessionRow, SessionState, Store, StoreError};
+use crate::workspace::Workspace;
+use crate::workspace::cache::Workspaces;
+
+pub use stdin::{StdinError, WriteOrder, Written};
+
+/// What a caller asked for, as stored with the session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartRequest {
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Working directory at the executor, as its URI; `None` is the executor's own.
+    pub cwd: Option<String>,
+    /// Variables over the executor's environment.
+    pub env: BTreeMap<String, String>,
+    /// Whether the process gets a terminal.
+    pub tty: bool,
+    /// What stdin is.
+    pub stdin: StdinMode,
+    /// Time after which the process is ended, in milliseconds from its start.
+    pub timeout_ms: Option<u64>,
+    /// The caller's own name for it.
+    pub label: Option<String>,
+}
+
+/// What the stdin of a process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum StdinMode {
+    /// Takes writes and can be ended.
+    Stream,
+    /// Takes writes, without an end.
+    Open,
+    /// Empty.
+    None,
+}
+
+/// Why a session is not there or cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The workspace has no session of that id.
+    #[error("no such session: {0}")]
+    Unknown(String),
+    /// The workspace has as many sessions as it may.
+    #[error("the workspace has {0} sessions already")]
+    TooMany(usize),
+    /// The start key was used for something else.
+    #[error("the idempotency key was used for another request")]
+    KeyConflict,
+    /// The store does not answer.
+    #[error("the session could not be stored")]
+    Store(#[from] StoreError),
+    /// The session's directory cannot be used.
+    #[error("the session's output cannot be stored")]
+    Disk(#[from] std::io::Error),
+    /// The executor refused to start the process; nothing ran.
+    #[error("{0}")]
+    NotStarted(String),
+    /// Whether the process was started cannot be told.
+    #[error("the executor was lost before it said whether it had started the process")]
+    StartUnknown,
+    /// The start is still under way.
+    #[error("the executor has not answered the start yet")]
+    StartPending,
+}
+
+/// What callers see of a session's life.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Status {
+    /// How far it is.
+    pub state: SessionState,
+    /// The exit code, once all output is in.
+    pub exit_code: Option<i32>,
+    /// What is known about an end without exit code.
+    pub detail: Option<String>,
+    /// When it ended.
+    pub ended_at: Option<SystemTime>,
+    /// Newest number of the journal.
+    pub newest: u64,
+    /// Bytes of stdin accepted by the executor.
+    pub stdin_accepted: u64,
+    /// Whether the end of stdin was asked for.
+    pub stdin_eof: bool,
+}
+
+impl Status {
+    fn of(row: &SessionRow, newest: u64) -> Self {
+        Self {
+            state: row.state,
+            exit_code: row.exit_code,
+            detail: row.detail.clone(),
+            ended_at: row.ended_at,
+            newest,
+            stdin_accepted: row.stdin_accepted,
+            stdin_eof: row.stdin_eof,
+        }
+    }
+}
+
+async fn end(client: &Client, process: &str, signal: EndSignal, grace: Duration) -> Result<(), CallError> {
+    if signal != EndSignal::Kill {
+        client.call(&ProcessSignal { process_id: process.to_owned(), signal: Signal::Interrupt }).await?;
+        if signal == EndSignal::Interrupt {
+            return Ok(());
+        }
+        tokio::time::sleep(grace).await;
+    }
+    end_tree(client, process).await
+}
+
+/// One process session.
+pub struct Session {
+    /// Its id.
+    pub id: SessionId,
+    /// Whose it is.
+    pub workspace: WorkspaceId,
+    /// The workspace's name for the executor.
+    pub environment: String,
+    /// What was asked for.
+    pub request: StartRequest,
+    /// When it was asked for.
+    pub created_at: SystemTime,
+    journal: JournalReader,
+    row: Mutex<SessionRow>,
+    status: watch::Sender<Status>,
+    /// The conversation with the executor while there is one.
+    client: watch::Sender<Option<Client>>,
+    /// One writer at a time; each brings its bytes behind those of the one before.
+    writing: tokio::sync::Mutex<()>,
+    used: Mutex<Instant>,
+}
+
+/// How a process is asked to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum EndSignal {
+    /// Interrupt.
+    #[serde(rename = "INT")]
+    Interrupt,
+    /// Interrupt, then kill after a grace.
+    #[serde(rename = "TERM")]
+    Terminate,
+    /// Kill at once.
+    #[serde(rename = "KILL")]
+    Kill,
+}
+
+impl Session {
+    /// Its output.
+    pub fn journal(&self) -> &JournalReader {
+        &self.journal
+    }
+
+    /// Its life so far.
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// Follows its life; each journal entry is a change.
+    pub fn watch(&self) -> watch::Receiver<Status> {
+        self.status.subscribe()
+    }
+
+    /// Counts as use, so that the session is kept.
+    pub fn touch(&self) {
+        *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    fn idle(&self) -> Duration {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    /// Writes to the process's stdin; what was accepted stays accepted, as [`Status::stdin_accepted`] tells. Dropping the
+    /// future begins no further write to the executor.
+    ///
+    /// # Errors
+    /// [`StdinError`]; `Full` when the process did not read in time.
+    pub async fn write(&self, store: &Store, order: WriteOrder, wait: Duration) -> Result<Written, StdinError> {
+        self.touch();
+        let until = Instant::now() + wait;
+        let full = || StdinError::Full { accepted: self.row().stdin_accepted };
+        let _turn = timeout_at(until, self.writing.lock()).await.map_err(|_| full())?;
+        if self.status().state.is_final() {
+            return Err(StdinError::Closed);
+        }
+        let written = stdin::write(self, store, order, until).await;
+        self.publish(self.status().newest);
+        written
+    }
+
+    /// Asks the process to end, over as many conversations as that takes; returns when the executor was asked or the
+    /// session is over. A session that is over already needs nothing.
+    pub async fn end(&self, signal: EndSignal, grace: Duration) {
+        self.touch();
+        if self.writing.try_lock().is_err()
+            && let Some(client) = self.client.borrow().as_ref()
+        {
+            // A write that the process does not read may hold up the request that ends it (codex-exec-server.md §7.3):
+            // the next conversation starts without it.
+            client.close();
+        }
+        let mut clients = self.client.subscribe();
+        while let Some(client) = self.conversation(&mut clients).await {
+            match end(&client, &self.row().process, signal, grace).await {
+                Err(CallError::Lost { .. } | CallError::NoAnswer) => {
+                    client.close();
+                    client.ended().await;
+                    let _ = clients.changed().await;
+                }
+                _ => return,
+            }
+        }
+    }
+
+    /// The conversation, waited for while there is none; `None` when the session is over.
+    async fn conversation(&self, clients: &mut watch::Receiver<Option<Client>>) -> Option<Client> {
+        let mut status = self.watch();
+        loop {
+            let client = clients.borrow_and_update().clone().filter(|client| !client.is_ended());
+            if client.is_some() {
+                return client;
+            }
+            if status.borrow_and_update().state.is_final() {
+                return None;
+            }
+            tokio::select! {
+                changed = clients.changed() => changed.ok()?,
+                changed = status.changed() => changed.ok()?,
+            }
+        }
+    }
+
+    fn row(&self) -> SessionRow {
+        self.row.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut SessionRow)) {
+        change(&mut self.row.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn publish(&self, newest: u64) {
+        self.status.send_replace(Status::of(&self.row(), newest));
+    }
+
+    /// Whether stdin goes through the stub that can end it. A terminal has its own way to end input.
+    fn stdin_needs_stub(&self) -> bool {
+        self.request.stdin == StdinMode::Stream && !self.request.tty
+    }
+
+    /// Waits until the session is over, or for `wait`.
+    pub async fn over(&self, wait: Duration) -> Status {
+        let mut status = self.watch();
+        let _ = tokio::time::timeout(wait, status.wait_for(|status| status.state.is_final())).await;
+        self.status()
+    }
+}
+
+/// What the sessions of a gateway share.
+pub struct Sessions {
+    settings: config::Sessions,
+    env_exclude: Vec<String>,
+    directory: PathBuf,
+    store: Store,
+    auth: Auth,
+    workspaces: Arc<Workspaces>,
+    entries: DashMap<SessionId, Arc<Session>>,
+    /// One process task per session that is not over.
+    pub tasks: TaskTracker,
+    /// Cancelled when the gateway stops: tasks let go of their processes, which live on at the executor.
+    pub stop: tokio_util::sync::CancellationToken,
+}
+
+impl Sessions {
+    /// The table, with the sessions that an earlier gateway process left in the store.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the store does not answer.
+    pub async fn restore(
+        settings: config::Sessions,
+        env_exclude: Vec<String>,
+        directory: PathBuf,
+        store: Store,
+        auth: Auth,
+        workspaces: Arc<Workspaces>,
+    ) -> Result<Arc<Self>, StoreError> {
+        let rows = store.sessions().await?;
+        let sessions = Arc::new(Self {
+            settings,
+            env_exclude,
+            directory,
+            store,
+            auth,
+            workspaces,
+            entries: DashMap::new(),
+            tasks: TaskTracker::new(),
+            stop: tokio_util::sync::CancellationToken::new(),
+        });
+        for row in rows {
+            let id = row.id.clone();
+            if let Err(error) = sessions.take_up(row) {
+                tracing::error!(session = %id, %error, "a session could not be taken up");
+            }
+        }
+        Ok(sessions)
+    }
+
+    fn take_up(self: &Arc<Self>, row: SessionRow) -> Result<(), SessionError> {
+        let request = serde_json::from_str(&row.request).map_err(std::io::Error::from)?;
+        let path = self.directory_of(&row.id);
+        let journal = match Journal::open(&path, self.limits()) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Journal::create(&path, self.limits())?,
+            journal => journal?,
+        };
+        self.enter(row, request, journal, None);
+        Ok(())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            memory_bytes_max: self.settings.memory_bytes_max,
+            spill_bytes_max: self.settings.spill_bytes_max,
+            full: Full::DropOldest,
+        }
+    }
+
+    fn directory_of(&self, id: &SessionId) -> PathBuf {
+        self.directory.join(id.as_str())
+    }
+
+    fn enter(
+        self: &Arc<Self>,
+        row: SessionRow,
+        request: StartRequest,
+        journal: Journal,
+        binding: Option<Binding>,
+    ) -> Arc<Session> {
+        let session = Arc::new(Session {
+            id: row.id.clone(),
+            workspace: row.workspace.clone(),
+            environment: row.environment.to_string(),
+            request,
+            created_at: row.created_at,
+            status: watch::Sender::new(Status::of(&row, journal.reader().newest())),
+            client: watch::Sender::new(None),
+            writing: tokio::sync::Mutex::new(()),
+            journal: journal.reader(),
+            row: Mutex::new(row),
+            used: Mutex::new(Instant::now()),
+        });
+        self.entries.insert(session.id.clone(), session.clone());
+        if !session.status().state.is_final() {
+            self.tasks.spawn(process::run(self.clone(), session.clone(), journal, binding));
+        }
+        session
+    }
+
+    /// Starts a process, or finds the session that the workspace started under the same key, and waits until the
+    /// executor has answered. Dropping the future does not undo the start.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub async fn start(
+        self: &Arc<Self>,
+        workspace: &Arc<Workspace>,
+        binding: &Binding,
+        request: StartRequest,
+        key: Option<String>,
+        wait: Duration,
+    ) -> Result<Arc<Session>, SessionError> {
+        let text = serde_json::to_string(&request).map_err(std::io::Error::from)?;
+        let digest: [u8; 32] =
+            Sha256::new().chain_update(binding.executor().as_str()).chain_update([0]).chain_update(&text).finalize().into();
+        if let Some(key) = &key
+            && let Some(known) = self.store.session_by_key(workspace.id(), key).await?
+        {
+            return self.known(&known, &digest, wait).await;
+        }
+        let held = self.of(workspace.id()).len();
+        if held >= self.settings.workspace_max {
+            return Err(SessionError::TooMany(held));
+        }
+        let id = SessionId::new(&Uuid::new_v4().to_string()).expect("a UUID is a path id");
+        let row = SessionRow {
+            process: format!("ps_{}", Uuid::new_v4().simple()),
+            workspace: workspace.id().clone(),
+            executor: binding.executor().clone(),
+            environment: binding.name().clone(),
+            start_key: key,
+            request_digest: digest,
+            request: text,
+            executor_session: None,
+            state: SessionState::Starting,
+            exit_code: None,
+            detail: None,
+            created_at: SystemTime::now(),
+            ended_at: None,
+            stdin_accepted: 0,
+            stdin_eof: false,
+            pending_write: None,
+            id,
+        };
+        // The task that goes on when the caller leaves: from the reservation on, the start is carried through.
+        let sessions = self.clone();
+        let binding = binding.clone();
+        let entering = tokio::spawn(async move {
+            match sessions.store.reserve_session(row.clone()).await? {
+                Reserved::Known(known) => Ok::<_, SessionError>(Err(known)),
+                Reserved::New => {
+                    let path = sessions.directory_of(&row.id);
+                    let journal = match Journal::create(&path, sessions.limits()) {
+                        Ok(journal) => journal,
+                        Err(error) => {
+                            sessions.store.forget_session(&row.id).await?;
+                            return Err(error.into());
+                        }
+                    };
+                    Ok(Ok(sessions.enter(row, request, journal, Some(binding))))
+                }
+            }
+        });
+        let entered = entering.await.map_err(|_| SessionError::StartUnknown)??;
+        match entered {
+            Ok(session) => self.started(session, wait).await,
+            Err(known) => self.known(&known, &digest, wait).await,
+        }
+    }
+
+    async fn known(
+        self: &Arc<Self>,
+        row: &SessionRow,
+        digest: &[u8; 32],
+        wait: Duration,
+    ) -> Result<Arc<Session>, SessionError> {
+        if row.request_digest != *digest {
+            return Err(SessionError::KeyConflict);
+        }
+        // Reserved a moment ago by another call, whose entry follows.
+        for _ in 0..50 {
+            if let Some(session) = self.entries.get(&row.id).map(|entry| entry.clone()) {
+                return self.started(session, wait).await;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Err(SessionError::Unknown(row.id.to_string()))
+    }
+
+    async fn started(&self, session: Arc<Session>, wait: Duration) -> Result<Arc<Session>, SessionError> {
+        let mut status = session.watch();
+        let answered = tokio::time::timeout(wait, status.wait_for(|status| status.state != SessionState::Starting));
+        let status = match answered.await {
+            Ok(Ok(status)) => status.clone(),
+            Ok(Err(_)) | Err(_) => return Err(SessionError::StartPending),
+        };
+        match status.state {
+            SessionState::Failed => {
+                Err(SessionError::NotStarted(status.detail.unwrap_or_else(|| "the process was not started".into())))
+            }
+            SessionState::Unknown => Err(SessionError::StartUnknown),
+            _ => Ok(session),
+        }
+    }
+
+    /// The session of that id, if it is the workspace's own. A foreign one answers as an unknown one.
+    ///
+    /// # Errors
+    /// [`SessionError::Unknown`].
+    pub fn get(&self, workspace: &WorkspaceId, id: &str) -> Result<Arc<Session>, SessionError> {
+        let unknown = || SessionError::Unknown(id.to_owned());
+        let key = SessionId::new(id).map_err(|_| unknown())?;
+        let session = self.entries.get(&key).map(|entry| entry.clone()).ok_or_else(unknown)?;
+        if session.workspace == *workspace { Ok(session) } else { Err(unknown()) }
+    }
+
+    /// The workspace's sessions, oldest first.
+    pub fn of(&self, workspace: &WorkspaceId) -> Vec<Arc<Session>> {
+        let mut sessions: Vec<_> =
+            self.entries.iter().filter(|entry| entry.workspace == *workspace).map(|entry| entry.clone()).collect();
+        sessions.sort_by_key(|session| session.created_at);
+        sessions
+    }
+
+    /// Sessions in the table.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there is no session.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Ends a session's process and forgets the session with its output.
+    ///
+    /// # Errors
+    /// [`SessionError::Store`]; the session is still there then.
+    pub async fn forget(&self, session: &Arc<Session>) -> Result<(), SessionError> {
+        if !session.status().state.is_final() {
+            session.end(EndSignal::Kill, Duration::ZERO).await;
+            session.over(Duration::from_secs(self.settings.wait_max_secs)).await;
+        }
+        self.store.forget_session(&session.id).await?;
+        self.entries.remove(&session.id);
+        let path = self.directory_of(&session.id);
+        let removed = tokio::task::spawn_blocking(move || Journal::remove(&path)).await;
+        if let Ok(Err(error)) = removed {
+            tracing::warn!(session = %session.id, %error, "the output of a forgotten session was not removed");
+        }
+        Ok(())
+    }
+
+    /// Forgets what was not used for too long; a running process is ended first.
+    pub async fn expire(&self) {
+        let entries: Vec<Arc<Session>> = self.entries.iter().map(|entry| entry.clone()).collect();
+        for session in entries {
+            let bound =
+                if session.status().state.is_final() { self.settings.idle_secs } else { self.settings.running_idle_secs };
+            if session.idle() >= Duration::from_secs(bound)
+                && let Err(error) = self.forget(&session).await
+            {
+                tracing::warn!(session = %session.id, %error, "an expired session was not forgotten");
+            }
+        }
+    }
+
+    /// The workspace of a session that no caller is asking for right now, under a right of its own.
+    fn workspace(&self, id: &WorkspaceId) -> Option<Arc<Workspace>> {
+        let token = self.auth.cap_tokens().for_workspace(id).ok()?;
+        let principal = self.auth.cap_tokens().verify(token.expose()).ok()?;
+        Some(self.workspaces.get(&principal))
+    }
+}

@@ -1,0 +1,466 @@
+//! The task of one session: it owns the conversation with the executor and the journal, from the start of the process
+//! to the last byte of its output.
+//!
+//! ```text
+//! attach ─► start, or catch up ─► live: output → journal ─► over
+//!   ▲                                  │ link lost
+//!   └──────────────────────────────────┘
+//! ```
+//!
+//! The executor numbers what a process does; the journal keeps that number as `mark` beside its own, so that after any
+//! loss the task knows what it has and asks for the rest. Writing to the process and ending it are not done here:
+//! they use the conversation that this task publishes.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+
+use super::{EndSignal, Session, Sessions, StdinMode};
+use crate::config::Secret;
+use crate::journal::{Append, Journal};
+use crate::protocol::path::FileUri;
+use crate::protocol::rpc::{
+    ALREADY_ATTACHED, EnvPolicy, EnvironmentInfo, ExecutorSessionId, OutputStream, ProcessOutputPage,
+    ProcessRead, ProcessStart,
+};
+use crate::relay::client::{CallError, Client, ConnectError, ProcessEvent};
+use crate::relay::process_tree::MARK;
+use crate::store::{Binding, SessionState, StoreError};
+use crate::workspace::ReachError;
+
+/// Pause between two tries to reach an executor that is not back yet, or still holds the former stream.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+
+/// Interval in which the journal is synced to the disk while output comes.
+const SYNC_EVERY: Duration = Duration::from_secs(1);
+
+/// Events journalled in one write.
+const BATCH_EVENTS: usize = 128;
+
+/// Live events kept aside while the executor's ring is read after a loss; each carries at most 8 KiB.
+const ASIDE_EVENTS_MAX: usize = 8192;
+
+/// Runs the program with a FIFO as its stdin, filled from base64 lines until a line with a single dot: executors
+/// cannot close the stdin of a process (profiles-and-sandbox.md §1.1). Ends with the program's exit code.
+const STDIN_STUB: &str = r#"dir=$(mktemp -d "${TMPDIR:-/tmp}/exec-gateway.XXXXXX") && mkfifo "$dir/stdin" || exit 126
+exec 3<&0
+{
+  exec 4>"$dir/stdin"
+  rm -rf "$dir"
+  while IFS= read -r line && [ "$line" != . ]; do printf '%s\n' "$line" | base64 -d >&4 2>/dev/null || break; done
+} <&3 >/dev/null 2>&1 &
+feeder=$!
+"$@" <"$dir/stdin" 3<&-
+code=$?
+kill "$feeder" 2>/dev/null
+exit "$code""#;
+
+/// Why a conversation could not be opened.
+#[derive(Debug, thiserror::Error)]
+enum AttachError {
+    /// The executor has forgotten the session, or was restarted.
+    #[error("the executor no longer has the process")]
+    Gone,
+    /// The workspace may no longer reach the executor.
+    #[error("the environment was taken from the workspace")]
+    Unbound,
+    /// Worth another try: the executor still holds the former stream, or the store does not answer.
+    #[error("the executor was not reached again")]
+    Busy,
+    /// The executor is away.
+    #[error(transparent)]
+    Reach(#[from] ReachError),
+    /// The conversation was not opened.
+    #[error(transparent)]
+    Connect(ConnectError),
+}
+
+/// How the work with one conversation ended.
+enum Outcome {
+    /// The link is gone; the session goes on.
+    Lost,
+    /// The session is over.
+    Over,
+}
+
+struct Task {
+    sessions: Arc<Sessions>,
+    session: Arc<Session>,
+    /// Away only while a write to the disk is under way.
+    journal: Option<Journal>,
+    /// Where the start goes; looked up anew after a loss, since the right may have been taken away.
+    binding: Option<Binding>,
+    /// The executor's newest number that the journal has.
+    mark: u64,
+    exit_code: Option<i32>,
+    deadline: Option<Instant>,
+}
+
+/// Runs until the session is over or the gateway stops; in the second case the process lives on at its executor and
+/// the next gateway process takes it up.
+pub(super) async fn run(sessions: Arc<Sessions>, session: Arc<Session>, journal: Journal, binding: Option<Binding>) {
+    let stop = sessions.stop.clone();
+    let mark = journal.newest_mark();
+    let timeout = session.request.timeout_ms.map(Duration::from_millis);
+    let age = session.created_at.elapsed().unwrap_or_default();
+    let deadline = timeout.map(|timeout| Instant::now() + timeout.saturating_sub(age));
+    let mut task =
+        Task { sessions, session, journal: Some(journal), binding, mark, exit_code: None, deadline };
+    tokio::select! {
+        () = task.drive() => {}
+        () = stop.cancelled() => {}
+    }
+    task.session.client.send_replace(None);
+    task.sync().await;
+}
+
+impl Task {
+    async fn drive(&mut self) {
+        while let Some(client) = self.attach().await {
+            match self.converse(&client).await {
+                Outcome::Over => return,
+                Outcome::Lost => tracing::info!(session = %self.session.id, "the link of a session was lost"),
+            }
+            self.session.client.send_replace(None);
+        }
+    }
+
+    /// Opens a conversation in the session's executor session; `None` when the session is over instead.
+    async fn attach(&mut self) -> Option<Client> {
+        let until = Instant::now() + Duration::from_secs(self.sessions.settings.retention_secs);
+        loop {
+            let failure = match self.try_attach().await {
+                Ok(client) => return Some(client),
+                Err(failure) => failure,
+            };
+            let nothing_sent = self.session.row().executor_session.is_none();
+            let final_now = match &failure {
+                AttachError::Gone | AttachError::Unbound => true,
+                // The caller is waiting to hear that nothing was started.
+                AttachError::Reach(_) | AttachError::Connect(_) => nothing_sent || Instant::now() >= until,
+                AttachError::Busy => Instant::now() >= until,
+            };
+            if final_now {
+                let state = match self.session.row().state {
+                    SessionState::Starting if nothing_sent => SessionState::Failed,
+                    SessionState::Starting => SessionState::Unknown,
+                    _ => SessionState::Lost,
+                };
+                self.finish(state, Some(failure.to_string())).await;
+                return None;
+            }
+            sleep(RETRY_PAUSE).await;
+        }
+    }
+
+    async fn try_attach(&mut self) -> Result<Client, AttachError> {
+        let (id, executor) = (&self.session.workspace, self.session.row().executor);
+        let workspace = self.sessions.workspace(id).ok_or(AttachError::Unbound)?;
+        let binding = match self.binding.take() {
+            Some(binding) => binding,
+            None => {
+                let stored = self.sessions.store.binding(id, &executor).await.map_err(|_| AttachError::Busy)?;
+                stored.ok_or(AttachError::Unbound)?
+            }
+        };
+        let stream = workspace.open_own_stream(&binding).await?;
+        let resume = self.session.row().executor_session.map(|secret| ExecutorSessionId::new(secret.expose()));
+        let resumes = resume.is_some();
+        let client = workspace.converse(stream, resume).await.map_err(|error| match error {
+            ConnectError::Initialize(CallError::Rpc(refusal)) if resumes && refusal.code == ALREADY_ATTACHED => {
+                AttachError::Busy
+            }
+            ConnectError::Initialize(CallError::Rpc(_)) if resumes => AttachError::Gone,
+            error => AttachError::Connect(error),
+        })?;
+        if !resumes {
+            // Before the start is sent: only with this can a later gateway process ask whether it arrived.
+            let session = client.session().map(|id| Secret::new(id.reveal().to_owned()));
+            self.session.change(|row| row.executor_session = session);
+            self.save().await.map_err(|_| AttachError::Busy)?;
+        }
+        Ok(client)
+    }
+
+    async fn converse(&mut self, client: &Client) -> Outcome {
+        let process = self.session.row().process;
+        let (_events, mut events) = client.subscribe_queue(&process);
+        let mut aside = Vec::new();
+        if self.session.row().state == SessionState::Starting {
+            let start = start_request(&self.session, client.environment(), &self.sessions.env_exclude);
+            match while_waiting(&mut events, &mut aside, client.call(&start)).await {
+                Ok(_) => {}
+                // It was sent before the link was lost, and had arrived.
+                Err(CallError::Rpc(refusal)) if refusal.message.contains("already exists") => {}
+                Err(CallError::Rpc(refusal)) => {
+                    self.finish(SessionState::Failed, Some(refusal.message)).await;
+                    return Outcome::Over;
+                }
+                Err(_) => return Outcome::Lost,
+            }
+            self.session.change(|row| row.state = SessionState::Running);
+            if self.save().await.is_err() {
+                // The next process finds the start stored and asks again, which the executor answers.
+                tracing::warn!(session = %self.session.id, "the start of a session was not stored");
+            }
+            self.session.publish(self.newest());
+        }
+        let read = ProcessRead { process_id: process, after_seq: Some(self.mark), max_bytes: None, wait_ms: Some(0) };
+        let page = match while_waiting(&mut events, &mut aside, client.call(&read)).await {
+            Ok(page) => page,
+            Err(CallError::Rpc(refusal)) => {
+                self.finish(SessionState::Lost, Some(refusal.message)).await;
+                return Outcome::Over;
+            }
+            Err(_) => return Outcome::Lost,
+        };
+        self.session.client.send_replace(Some(client.clone()));
+        if self.catch_up(page).await || self.take_in(aside).await {
+            return Outcome::Over;
+        }
+        self.live(client, &mut events).await
+    }
+
+    async fn live(&mut self, client: &Client, events: &mut mpsc::Receiver<ProcessEvent>) -> Outcome {
+        let mut sync = interval(SYNC_EVERY);
+        sync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let deadline = self.deadline.unwrap_or_else(|| Instant::now() + SYNC_EVERY * 2);
+            tokio::select! {
+                event = events.recv() => {
+                    let Some(event) = event else { return Outcome::Lost };
+                    let mut batch = vec![event];
+                    while batch.len() < BATCH_EVENTS && let Ok(event) = events.try_recv() {
+                        batch.push(event);
+                    }
+                    if self.take_in(batch).await {
+                        return Outcome::Over;
+                    }
+                }
+                () = client.ended() => return Outcome::Lost,
+                _ = sync.tick() => self.sync().await,
+                () = tokio::time::sleep_until(deadline), if self.deadline.is_some() => {
+                    self.deadline = None;
+                    self.session.change(|row| row.detail = Some("timed out".into()));
+                    let session = self.session.clone();
+                    tokio::spawn(async move { session.end(EndSignal::Kill, Duration::ZERO).await });
+                }
+            }
+        }
+    }
+
+    /// What the executor's ring has beyond the journal; true when the session is over.
+    async fn catch_up(&mut self, page: ProcessOutputPage) -> bool {
+        let mut records = Records::default();
+        for chunk in page.chunks {
+            records.output(&mut self.mark, chunk.seq, chunk.stream, chunk.chunk.0);
+        }
+        if page.closed {
+            // Exit and end have numbers of their own, which the ring does not count as chunks.
+            let lost = page.next_seq.saturating_sub(self.mark + 1).saturating_sub(2);
+            records.missing(&mut self.mark, lost);
+        }
+        if page.exited {
+            self.exit_code = page.exit_code.or(self.exit_code);
+        }
+        self.append(records).await;
+        if page.closed {
+            self.finish(SessionState::Exited, None).await;
+        }
+        page.closed
+    }
+
+    /// Live events, in the executor's order; true when the session is over.
+    async fn take_in(&mut self, events: Vec<ProcessEvent>) -> bool {
+        let mut records = Records::default();
+        let mut closed = false;
+        for event in events {
+            match event {
+                ProcessEvent::Output(output) => {
+                    records.output(&mut self.mark, output.seq, output.stream, output.chunk.0);
+                }
+                ProcessEvent::Exited(exited) => {
+                    self.exit_code = Some(exited.exit_code);
+                    self.mark = self.mark.max(exited.seq);
+                }
+                ProcessEvent::Closed(end) => {
+                    self.mark = self.mark.max(end.seq);
+                    closed = true;
+                }
+            }
+        }
+        self.append(records).await;
+        if closed {
+            self.finish(SessionState::Exited, None).await;
+        }
+        closed
+    }
+
+    /// To the disk first, then to the readers.
+    async fn append(&mut self, records: Records) {
+        if records.0.is_empty() {
+            return;
+        }
+        let Some(mut journal) = self.journal.take() else { return };
+        let written = tokio::task::spawn_blocking(move || {
+            let result = records.write(&mut journal);
+            (journal, result)
+        });
+        // A panic of the journal would end this task with it; the session is then taken up at the next start.
+        let Ok((journal, result)) = written.await else { return };
+        self.journal = Some(journal);
+        if let Err(error) = result {
+            tracing::error!(session = %self.session.id, %error, "output is kept in memory only: the disk failed");
+        }
+        self.session.publish(self.newest());
+    }
+
+    fn newest(&self) -> u64 {
+        self.journal.as_ref().map_or(0, |journal| journal.reader().newest())
+    }
+
+    async fn sync(&mut self) {
+        let Some(mut journal) = self.journal.take() else { return };
+        let synced = tokio::task::spawn_blocking(move || {
+            let result = journal.sync();
+            (journal, result)
+        });
+        let Ok((journal, result)) = synced.await else { return };
+        self.journal = Some(journal);
+        if let Err(error) = result {
+            tracing::warn!(session = %self.session.id, %error, "output was not synced to the disk");
+        }
+    }
+
+    async fn save(&self) -> Result<(), StoreError> {
+        self.sessions.store.save_session(self.session.row()).await
+    }
+
+    /// The end is told only when all output is on disk and the end itself is stored.
+    async fn finish(&mut self, state: SessionState, detail: Option<String>) {
+        self.sync().await;
+        let exit_code = if state == SessionState::Exited { self.exit_code } else { None };
+        self.session.change(|row| {
+            row.state = state;
+            row.exit_code = exit_code;
+            row.ended_at = Some(SystemTime::now());
+            row.detail = detail.or(row.detail.take());
+        });
+        if let Err(error) = self.save().await {
+            tracing::warn!(session = %self.session.id, %error, "the end of a session was not stored");
+        }
+        self.session.client.send_replace(None);
+        self.session.publish(self.newest());
+    }
+}
+
+/// Waits for an answer while taking events out of the queue: they stand before it on the stream.
+async fn while_waiting<T>(
+    events: &mut mpsc::Receiver<ProcessEvent>,
+    aside: &mut Vec<ProcessEvent>,
+    answer: impl Future<Output = Result<T, CallError>>,
+) -> Result<T, CallError> {
+    let mut answer = std::pin::pin!(answer);
+    loop {
+        tokio::select! {
+            biased;
+            answer = &mut answer => return answer,
+            event = events.recv() => match event {
+                Some(event) if aside.len() < ASIDE_EVENTS_MAX => aside.push(event),
+                // Too much to keep: the ring is read again on the next conversation.
+                Some(_) | None => return Err(CallError::Lost { sent: true }),
+            },
+        }
+    }
+}
+
+fn start_request(session: &Session, environment: &EnvironmentInfo, env_exclude: &[String]) -> ProcessStart {
+    let request = &session.request;
+    let process = session.row().process;
+    let mut env = request.env.clone();
+    env.insert(MARK.to_owned(), process.clone());
+    let argv = if session.stdin_needs_stub() {
+        let stub = ["/bin/sh", "-c", STDIN_STUB, "sh"].map(str::to_owned);
+        stub.into_iter().chain(request.argv.iter().cloned()).collect()
+    } else {
+        request.argv.clone()
+    };
+    let root = || FileUri::parse("file:///").expect("a literal URI");
+    let cwd = request.cwd.as_deref().and_then(|cwd| FileUri::parse(cwd).ok());
+    ProcessStart {
+        process_id: process,
+        argv,
+        cwd: cwd.or_else(|| environment.cwd.clone()).unwrap_or_else(root),
+        env,
+        tty: request.tty,
+        pipe_stdin: request.stdin != StdinMode::None,
+        arg0: None,
+        env_policy: Some(EnvPolicy::commands(env_exclude)),
+        sandbox: None,
+    }
+}
+
+/// What one batch adds to the journal.
+#[derive(Default)]
+struct Records(Vec<Record>);
+
+enum Record {
+    Output { tag: u8, mark: u64, bytes: Vec<u8> },
+    Missing { chunks: u64, mark: u64 },
+}
+
+impl Records {
+    /// A chunk, unless the journal has it; what the executor no longer had before it is named.
+    fn output(&mut self, newest: &mut u64, mark: u64, stream: OutputStream, bytes: Vec<u8>) {
+        if mark <= *newest {
+            return;
+        }
+        self.missing(newest, mark - *newest - 1);
+        *newest = mark;
+        let tag = match stream {
+            OutputStream::Stdout => 0,
+            OutputStream::Stderr => 1,
+            OutputStream::Pty => 2,
+        };
+        self.0.push(Record::Output { tag, mark, bytes });
+    }
+
+    fn missing(&mut self, newest: &mut u64, chunks: u64) {
+        if chunks > 0 {
+            *newest += chunks;
+            self.0.push(Record::Missing { chunks, mark: *newest });
+        }
+    }
+
+    fn write(self, journal: &mut Journal) -> std::io::Result<()> {
+        let mut outputs = Vec::new();
+        for record in &self.0 {
+            match record {
+                Record::Output { tag, mark, bytes } => outputs.push(Append { tag: *tag, mark: *mark, bytes }),
+                Record::Missing { chunks, mark } => {
+                    append_or_keep(journal, &outputs)?;
+                    outputs.clear();
+                    journal.append_gap(0, None, *chunks, *mark)?;
+                }
+            }
+        }
+        append_or_keep(journal, &outputs)
+    }
+}
+
+/// A disk that fails must not stop the process: its newest output stays readable from memory.
+fn append_or_keep(journal: &mut Journal, outputs: &[Append<'_>]) -> std::io::Result<()> {
+    if outputs.is_empty() {
+        return Ok(());
+    }
+    match journal.append(outputs) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            journal.continue_in_memory();
+            journal.append(outputs)?;
+            Err(error.into())
+        }
+    }
+}

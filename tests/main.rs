@@ -3,4 +3,6 @@
 
 mod support;
 
+mod files;
+mod restart;
 mod shell;

@@ -8,6 +8,7 @@ use exec_gateway::admin::{Request, Response};
 use exec_gateway::config::Config;
 use exec_gateway::gateway::Gateway;
 use exec_gateway::protocol::ids::{EnvironmentName, WorkspaceId};
+use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
@@ -123,6 +124,15 @@ impl DaemonProcess {
             field.parse().unwrap()
         };
         Self { child, address: field("listen="), ops: field("ops=") }
+    }
+
+    /// An operator's command on the daemon of this state, as its command line carries it out.
+    pub async fn operate(state: &Scratch, arguments: &[&str]) -> Value {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exec-gateway"));
+        command.args(arguments).args(["--json", "--state-dir", state.path().to_str().unwrap()]);
+        let output = command.output().await.unwrap();
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// Asks the daemon to stop; gives its exit code.

@@ -4,5 +4,4 @@
 mod support;
 
 mod files;
-mod restart;
 mod shell;

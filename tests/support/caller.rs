@@ -47,8 +47,7 @@ impl Caller {
         headers: &[(&str, &str)],
         body: impl Into<Bytes>,
     ) -> Result<Answer, Failure> {
-        let (head, body) = self.request(method, path, headers, body).await?.into_parts();
-        Ok(Answer { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes() })
+        Answer::whole(self.request(method, path, headers, body).await?).await
     }
 
     /// A request whose answer has begun; dropping it hangs up.
@@ -104,6 +103,12 @@ impl Caller {
 }
 
 impl Answer {
+    /// Reads an answer to its end.
+    pub async fn whole(response: Response<Incoming>) -> Result<Self, Failure> {
+        let (head, body) = response.into_parts();
+        Ok(Self { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes() })
+    }
+
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }

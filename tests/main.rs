@@ -4,4 +4,5 @@
 mod support;
 
 mod files;
+mod restart;
 mod shell;

@@ -85,13 +85,11 @@ async fn a_timeout_is_a_result_with_what_was_said_before() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "a timeout ends the command's process group, not yet its whole tree"]
 async fn a_timeout_ends_a_child_whose_parent_has_left() {
     times_out_without_trace("sleep MARKER & echo started").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "a timeout ends the command's process group, not yet its whole tree"]
 async fn a_timeout_ends_a_child_in_a_session_of_its_own() {
     times_out_without_trace("setsid sleep MARKER & echo started; wait").await;
 }

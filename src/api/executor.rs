@@ -381,10 +381,12 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     let api = api.clone();
     api.clone().links.spawn(async move {
         let Some(socket) = socket.await else { return };
-        let _place = api.corridor.registry.attach(handle.clone());
+        let place = api.corridor.registry.attach(handle.clone());
         tracing::info!(%executor, "executor connected");
         seen(&api, &executor).await;
         let end = link::run(socket, handle, outbox).await;
+        // Before anything that waits: until then callers are given a link that has ended.
+        drop(place);
         tracing::info!(%executor, ?end, "executor disconnected");
         api.metrics.links_ended.get_or_create(&OutcomeLabel { outcome: end_label(end) }).inc();
         seen(&api, &executor).await;

@@ -240,6 +240,11 @@ impl LinkHandle {
         Ok(StreamHandle::new(id, route, self.clone(), receiver))
     }
 
+    /// Whether the link has ended or is about to: no stream should be opened on it.
+    pub fn is_ended(&self) -> bool {
+        self.0.stop.is_cancelled()
+    }
+
     /// Whether the executor answers a ping within `wait`.
     pub async fn answers(&self, wait: Duration) -> bool {
         let mut pongs = self.0.pongs.subscribe();

@@ -12,6 +12,7 @@ use futures_util::future::{BoxFuture, Shared};
 use super::{ReachError, Workspace};
 use crate::protocol::ids::ExecutorId;
 use crate::relay::client::{Client, ConnectError};
+use crate::relay::stream::StreamEnd;
 use crate::store::Binding;
 
 /// What a client is used for.
@@ -98,7 +99,7 @@ async fn open(workspace: Arc<Workspace>, binding: Binding) -> Result<Client, Arc
         tracing::warn!(executor = %binding.executor(), %error, "no conversation with the executor");
         let environment = binding.name().to_string();
         Arc::new(match error {
-            ConnectError::Ended(_) => ReachError::NotConnected(environment),
+            ConnectError::Ended(StreamEnd::Disconnected) => ReachError::NotConnected(environment),
             error => ReachError::Unreachable { environment, source: Arc::new(error) },
         })
     })

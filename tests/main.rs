@@ -3,5 +3,6 @@
 
 mod support;
 
+mod links;
 mod rest;
 mod shell;

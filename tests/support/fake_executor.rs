@@ -42,7 +42,8 @@ pub struct FakeExecutor(Arc<Process>);
 
 struct Process {
     id: String,
-    http: Caller,
+    http: Mutex<Caller>,
+    address: SocketAddr,
     dh: KeyPair<<X25519 as Dh>::PubKey, <X25519 as Dh>::PrivateKey>,
     kem: KeyPair<<MlKem768 as Kem>::PubKey, <MlKem768 as Kem>::SecretKey>,
     replies: Mutex<HashMap<String, Reply>>,
@@ -75,7 +76,8 @@ impl FakeExecutor {
     pub fn new(address: SocketAddr, credentials: &Credentials) -> Self {
         Self(Arc::new(Process {
             id: credentials.executor.clone(),
-            http: Caller::new(address, Some(credentials.token.clone())),
+            http: Mutex::new(Caller::new(address, Some(credentials.token.clone()))),
+            address,
             dh: X25519::genkey().unwrap(),
             kem: MlKem768::genkey().unwrap(),
             replies: Mutex::default(),
@@ -106,7 +108,7 @@ impl FakeExecutor {
     /// Registers on the encrypted transport.
     pub async fn register(&self) -> Answer {
         let body = json!({ "security_profile": SECURITY_PROFILE, "executor_public_key": self.key() });
-        self.0.http.post(&format!("/cloud/environment/{}/register", self.0.id), body).await
+        self.http().post(&format!("/cloud/environment/{}/register", self.0.id), body).await
     }
 
     /// Registers and gives the URL to dial.
@@ -123,7 +125,7 @@ impl FakeExecutor {
 
     /// Dials; the status of the refusal if there is one.
     pub async fn dial(&self, url: &str) -> Result<FakeLink, u16> {
-        let stream = TcpStream::connect(self.0.http.address).await.unwrap();
+        let stream = TcpStream::connect(self.0.address).await.unwrap();
         let socket = match client_async(url, stream).await {
             Ok((socket, _)) => socket,
             Err(SocketError::Http(refusal)) => return Err(refusal.status().as_u16()),
@@ -134,10 +136,20 @@ impl FakeExecutor {
         let (ended, end) = watch::channel(false);
         let executor = self.clone();
         tokio::spawn(async move {
-            Socket { executor, registration, socket, streams: HashMap::new() }.serve(received).await;
+            let socket = Socket { executor, registration, socket, streams: HashMap::new(), held: Vec::new() };
+            socket.serve(received).await;
             ended.send_replace(true);
         });
         Ok(FakeLink { orders, end })
+    }
+
+    /// From now on it shows this credential when it registers or validates.
+    pub fn shows(&self, token: &str) {
+        self.0.http.lock().unwrap().token = Some(token.to_owned());
+    }
+
+    fn http(&self) -> Caller {
+        self.0.http.lock().unwrap().clone()
     }
 
     /// From now on it does this with requests of that method.
@@ -168,10 +180,6 @@ impl FakeExecutor {
         self.0.replies.lock().unwrap().get(method).copied().unwrap_or(Reply::Usual)
     }
 
-    async fn released(&self) {
-        let _ = self.0.open.subscribe().wait_for(|open| *open).await;
-    }
-
     /// Asks whether this harness may; `None` is a refusal of our own credential.
     async fn validate(&self, registration: &str, harness: &HarnessKey, authorization: &str) -> Option<bool> {
         let body = json!({
@@ -180,7 +188,7 @@ impl FakeExecutor {
             "harness_key_authorization": authorization,
         });
         self.0.validated.lock().unwrap().push(body.clone());
-        let answer = self.0.http.post(&format!("/cloud/environment/{}/validate", self.0.id), body).await;
+        let answer = self.http().post(&format!("/cloud/environment/{}/validate", self.0.id), body).await;
         if answer.status == 401 {
             return None;
         }
@@ -233,6 +241,13 @@ struct Socket {
     registration: String,
     socket: WebSocketStream<TcpStream>,
     streams: HashMap<StreamId, Conversation>,
+    held: Vec<Held>,
+}
+
+/// What is answered when the test says so; everything else goes on meanwhile.
+enum Held {
+    Handshake(StreamId, Bytes),
+    Request(StreamId, Value),
 }
 
 struct Conversation {
@@ -253,8 +268,11 @@ impl From<SocketError> for Over {
 
 impl Socket {
     async fn serve(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
+        let mut open = self.executor.0.open.subscribe();
         loop {
+            let holds = !self.held.is_empty();
             let step = tokio::select! {
+                () = released(&mut open), if holds => self.let_go().await,
                 order = orders.recv() => match order {
                     None => return,
                     Some(Order::Silence) => {
@@ -273,6 +291,16 @@ impl Socket {
                 return;
             }
         }
+    }
+
+    async fn let_go(&mut self) -> Result<(), Over> {
+        for held in std::mem::take(&mut self.held) {
+            match held {
+                Held::Handshake(stream, message) => self.respond(stream, &message, false).await?,
+                Held::Request(stream, request) => self.answer(&stream, &request, false).await?,
+            }
+        }
+        Ok(())
     }
 
     async fn send_often(&mut self, message: Message, times: usize) -> Result<(), Over> {
@@ -295,7 +323,7 @@ impl Socket {
     async fn take(&mut self, frame: Frame) -> Result<(), Over> {
         let Frame { stream_id, body } = frame;
         match body {
-            Body::Handshake { payload } => self.handshake(stream_id, &payload).await,
+            Body::Handshake { payload } => self.handshake(stream_id, payload).await,
             Body::Data(data) => self.data(&stream_id, data).await,
             Body::Reset { .. } => {
                 self.streams.remove(&stream_id);
@@ -305,15 +333,22 @@ impl Socket {
         }
     }
 
-    async fn handshake(&mut self, stream: StreamId, message: &[u8]) -> Result<(), Over> {
-        let reply = self.executor.reply("handshake");
-        match reply {
-            Reply::Never => return Ok(()),
-            Reply::Hangup => return Err(Over),
-            Reply::Reset => return self.reset(&stream).await,
-            Reply::Held => self.executor.released().await,
-            Reply::Usual | Reply::Tampered | Reply::Garbage => {}
+    async fn handshake(&mut self, stream: StreamId, message: Bytes) -> Result<(), Over> {
+        match self.executor.reply("handshake") {
+            Reply::Never => Ok(()),
+            Reply::Hangup => Err(Over),
+            Reply::Reset => self.reset(&stream).await,
+            Reply::Held => {
+                self.held.push(Held::Handshake(stream, message));
+                Ok(())
+            }
+            Reply::Usual => self.respond(stream, &message, false).await,
+            Reply::Tampered | Reply::Garbage => self.respond(stream, &message, true).await,
         }
+    }
+
+    /// The second half of the handshake, once the gateway has vouched for the first.
+    async fn respond(&mut self, stream: StreamId, message: &[u8], tamper: bool) -> Result<(), Over> {
         let process = self.executor.0.clone();
         let parts = ["codex-exec-server-relay-noise/v1", &process.id, &self.registration, stream.as_str()];
         let mut prologue = Vec::new();
@@ -338,7 +373,7 @@ impl Socket {
             None => b"codex-registry-authentication-rejected/v1",
         };
         let length = responder.write_message(payload, &mut buffer).unwrap();
-        if reply == Reply::Tampered {
+        if tamper {
             buffer[length - 1] ^= 1;
         }
         let conversation = Conversation {
@@ -372,20 +407,30 @@ impl Socket {
     async fn request(&mut self, stream: &StreamId, request: &Value) -> Result<(), Over> {
         let method = request["method"].as_str().unwrap();
         let reply = self.executor.reply(method);
-        let Some(id) = request.get("id") else { return Ok(()) };
-        match reply {
-            Reply::Never => return Ok(()),
-            Reply::Hangup => return Err(Over),
-            Reply::Reset => return self.reset(stream).await,
-            Reply::Garbage => return self.seal(stream, b"{]", false).await,
-            Reply::Held => self.executor.released().await,
-            Reply::Usual | Reply::Tampered => {}
+        if request.get("id").is_none() {
+            return Ok(());
         }
-        let result = usual_result(method, &request["params"], &self.executor.0.id);
+        match reply {
+            Reply::Never => Ok(()),
+            Reply::Hangup => Err(Over),
+            Reply::Reset => self.reset(stream).await,
+            Reply::Held => {
+                self.held.push(Held::Request(stream.clone(), request.clone()));
+                Ok(())
+            }
+            Reply::Garbage => self.seal(stream, b"{]", false).await,
+            Reply::Usual => self.answer(stream, request, false).await,
+            Reply::Tampered => self.answer(stream, request, true).await,
+        }
+    }
+
+    async fn answer(&mut self, stream: &StreamId, request: &Value, tamper: bool) -> Result<(), Over> {
+        let (id, method, params) = (&request["id"], request["method"].as_str().unwrap(), &request["params"]);
+        let result = usual_result(method, params, &self.executor.0.id);
         let answer = json!({ "id": id, "result": result }).to_string();
-        self.seal(stream, answer.as_bytes(), reply == Reply::Tampered).await?;
+        self.seal(stream, answer.as_bytes(), tamper).await?;
         if method == "process/start" {
-            self.run(stream, &request["params"]["processId"]).await?;
+            self.run(stream, &params["processId"]).await?;
         }
         Ok(())
     }
@@ -423,6 +468,10 @@ impl Socket {
         }
         Ok(())
     }
+}
+
+async fn released(open: &mut watch::Receiver<bool>) {
+    let _ = open.wait_for(|open| *open).await;
 }
 
 /// The answer of an executor that has one file and runs everything.

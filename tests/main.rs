@@ -3,6 +3,10 @@
 
 mod support;
 
+mod limits;
 mod links;
+mod registration;
 mod rest;
 mod shell;
+mod tenancy;
+mod tokens;

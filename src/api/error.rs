@@ -178,6 +178,7 @@ impl From<&ReachError> for ApiError {
                 };
                 Self::new(status, code, message).with_ran(Ran::No).caused_by(error)
             }
+            ReachError::Failed => Self::internal(&message).with_ran(Ran::No),
             ReachError::Refused(_) => Self::new(403, "forbidden", message).caused_by(error),
             ReachError::Store(_) => Self::new(503, "store_unavailable", message).retry_after(2).caused_by(error),
         }

@@ -3,6 +3,7 @@
 //! A tool that ran and failed is a [`ToolResult`] with `is_error`; a [`ToolError`] says that it did not get that far.
 
 mod open_file;
+mod process;
 mod read_file;
 mod shell;
 mod write_file;
@@ -175,6 +176,9 @@ impl Call {
         let client = Pool::client(&self.workspace, &self.binding, purpose);
         match tokio::time::timeout_at(deadline, client).await {
             Ok(client) => Ok(client?),
+            Err(_) if self.workspace.corridor().registry.link(&self.binding).is_none() => {
+                Err(Arc::new(ReachError::NotConnected(self.binding.name().to_string())).into())
+            }
             Err(_) => Err(ToolError::NoAnswer { ran: Ran::No }),
         }
     }

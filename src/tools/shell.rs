@@ -11,17 +11,18 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
+use super::process::{MARK, Process};
 use super::{Call, Tool, ToolError, failure, refused, resolve};
 use crate::config;
 use crate::protocol::rest::{Content, Ran, ToolResult};
-use crate::protocol::rpc::{EnvInherit, EnvPolicy, EnvironmentInfo, OutputStream, ProcessStart, ProcessTerminate};
+use crate::protocol::rpc::{EnvInherit, EnvPolicy, EnvironmentInfo, OutputStream, ProcessStart};
 use crate::relay::client::{Client, ProcessEvent};
 use crate::workspace::pool::Use;
 
 pub(super) const DESCRIPTION: &str = "Run a command synchronously.";
 
-/// How long a terminated process may take to be gone before the call is answered without its confirmation.
-const TERMINATE_WAIT: Duration = Duration::from_secs(5);
+/// How long the last output of an ended process may take; one that the executor cannot end must not hold the answer.
+const LAST_OUTPUT_WAIT: Duration = Duration::from_secs(5);
 
 /// Arguments of `shell`.
 #[derive(Deserialize, JsonSchema)]
@@ -129,13 +130,15 @@ fn check_env(env: &BTreeMap<String, String>) -> Result<(), ToolError> {
 
 pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
     let Arguments { command, cwd, env, timeout_ms } = call.arguments()?;
-    let env = env.unwrap_or_default();
+    let mut env = env.unwrap_or_default();
     check_env(&env)?;
     let deadline = call.deadline(timeout_ms)?;
     let client = call.client(Use::Processes, deadline).await?;
     let environment = client.environment();
+    let process_id = format!("sh_{}", uuid::Uuid::new_v4().simple());
+    env.insert(MARK.to_owned(), process_id.clone());
     let start = ProcessStart {
-        process_id: format!("sh_{}", uuid::Uuid::new_v4().simple()),
+        process_id,
         argv: command.argv(environment)?,
         cwd: resolve(environment, "cwd", cwd.as_deref().unwrap_or("."))?,
         env,
@@ -158,7 +161,7 @@ async fn run(
     let output = Output::new(output_bytes_max);
     // Before the start is sent: a quick process is over before its start is answered.
     let _events = client.subscribe(&start.process_id, output.handler());
-    let process = Process { client, id: &start.process_id, running: true };
+    let process = Process::new(client, &start.process_id);
     match tokio::time::timeout_at(deadline, client.call(&start)).await {
         Err(_) => return Err(ToolError::NoAnswer { ran: Ran::Unknown }),
         Ok(answer) => {
@@ -172,43 +175,16 @@ async fn run(
         biased;
         () = output.closed() => false,
         () = client.ended() => return Err(ToolError::Lost { ran: Ran::Unknown }),
-        () = tokio::time::sleep_until(deadline) => {
-            process.terminate().await?;
-            // The answer should find no process left; one that the executor cannot end must not hold it for ever.
-            let _ = timeout(TERMINATE_WAIT, output.closed()).await;
-            true
-        }
+        () = tokio::time::sleep_until(deadline) => true,
     };
-    process.gone();
+    if timed_out {
+        process.end().await?;
+        // Nothing is left that could write; what it has written is still on its way.
+        let _ = timeout(LAST_OUTPUT_WAIT, output.closed()).await;
+    } else {
+        process.gone();
+    }
     Ok(output.take().into_result(timed_out, started.elapsed()))
-}
-
-/// A started process: ended at the executor when the call is dropped before it is gone.
-struct Process<'a> {
-    client: &'a Client,
-    id: &'a str,
-    running: bool,
-}
-
-impl Process<'_> {
-    async fn terminate(&self) -> Result<(), ToolError> {
-        self.client.call(&ProcessTerminate { process_id: self.id.to_owned() }).await?;
-        Ok(())
-    }
-
-    fn gone(mut self) {
-        self.running = false;
-    }
-}
-
-impl Drop for Process<'_> {
-    fn drop(&mut self) {
-        if self.running && !self.client.is_ended() {
-            let client = self.client.clone();
-            let terminate = ProcessTerminate { process_id: self.id.to_owned() };
-            tokio::spawn(async move { client.call(&terminate).await });
-        }
-    }
 }
 
 /// What a process has written so far, filled by the stream's task.

@@ -47,6 +47,30 @@ async fn a_client_that_never_ends_its_body_is_told_so() {
 }
 
 #[tokio::test]
+async fn a_connection_without_a_further_request_is_closed() {
+    let gateway = TestGateway::with(|config| config.edge.idle_timeout_secs = 1).await;
+    let mut wire = Wire::connect(gateway.address()).await;
+    wire.send("GET /healthz HTTP/1.1\r\nhost: gw\r\n\r\n").await;
+    assert!(wire.receive().await.starts_with("HTTP/1.1 200 "));
+    wire.until_closed().await;
+}
+
+#[tokio::test]
+async fn executors_past_the_bound_are_told_to_come_again() {
+    let gateway = TestGateway::with(|config| config.link.links_max = 1).await;
+    let (first, second) = (gateway.executor("w", "first").await, gateway.executor("w", "second").await);
+    let (executor, link) = FakeExecutor::connected(&gateway, &first).await;
+    let late = FakeExecutor::new(gateway.address(), &second);
+    let url = late.registered().await;
+    assert_eq!(late.dial(&url).await.err(), Some(503));
+    // One that is there already may dial again.
+    let again = executor.register_and_dial().await;
+    link.ended().await;
+    drop(again);
+    eventually("there is room", async || late.dial(&url).await.ok()).await;
+}
+
+#[tokio::test]
 async fn headers_past_the_bound_are_refused() {
     let gateway = TestGateway::with(|config| config.edge.header_bytes_max = 8192).await;
     let long = "x".repeat(10_000);

@@ -4,5 +4,11 @@
 mod support;
 
 mod files;
+mod limits;
+mod links;
+mod registration;
+mod rest;
 mod restart;
 mod shell;
+mod tenancy;
+mod tokens;

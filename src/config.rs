@@ -93,10 +93,12 @@ config! {
 
     /// HTTP connections and requests.
     edge: Edge {
-        /// Open connections of all listeners together; further ones wait to be accepted.
+        /// Open HTTP connections of all listeners together; further ones wait to be accepted.
         connections_max: usize = 20_000 => 1..=1_000_000,
-        /// Time for a client to send a request's headers, in seconds.
+        /// Time for a client to send its first request's headers, in seconds.
         header_timeout_secs: u64 = 10 => 1..=600,
+        /// Time a connection may stay open without a request, in seconds.
+        idle_timeout_secs: u64 = 120 => 1..=86_400,
         /// Time for a client to send a request's body, in seconds.
         body_timeout_secs: u64 = 120 => 1..=86_400,
         /// Size of a request's headers together, in bytes; at least 8192.
@@ -139,6 +141,8 @@ config! {
 
     /// Executors and their sockets.
     link: Link {
+        /// Connected executors; a further one gets 503 and comes again.
+        links_max: usize = 20_000 => 1..=1_000_000,
         /// Interval of pings to an executor, in seconds.
         ping_secs: u64 = 20 => 1..=3600,
         /// Silence after which an executor is taken for dead, in seconds.

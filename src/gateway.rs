@@ -41,7 +41,7 @@ const BACKLOG: u32 = 4096;
 const LOCK_WAIT: Duration = Duration::from_secs(1);
 
 /// Interval in which idle workspaces are dropped and connected executors recorded.
-const SWEEP_EVERY: Duration = Duration::from_secs(10);
+const SWEEP_EVERY: Duration = Duration::from_secs(20);
 
 /// How long links may take to say farewell.
 const LINKS_CLOSE: Duration = Duration::from_secs(5);

@@ -9,6 +9,7 @@ use crate::auth::AuthError;
 use crate::edge::body::BodyError;
 use crate::edge::upgrade::UpgradeError;
 use crate::protocol::rest::Ran;
+use crate::relay::client::{CallError, ConnectError};
 use crate::store::StoreError;
 use crate::tools::ToolError;
 use crate::workspace::{ReachError, TooManyCalls};
@@ -166,9 +167,18 @@ impl From<&ReachError> for ApiError {
             ReachError::NoEnvironment(_) => Self::new(404, "env_not_found", message),
             ReachError::NotConnected(_) => Self::new(503, "executor_not_connected", message).retry_after(2),
             ReachError::TooManyStreams => Self::new(429, "too_many_streams", message).retry_after(1),
-            ReachError::Unreachable { .. } => {
-                Self::new(504, "executor_timeout", message).with_ran(Ran::No).caused_by(error)
+            ReachError::Unreachable { source, .. } => {
+                let (status, code) = match &**source {
+                    ConnectError::HandshakeTimeout | ConnectError::Initialize(CallError::NoAnswer) => {
+                        (504, "executor_timeout")
+                    }
+                    ConnectError::Ended(_) | ConnectError::Noise(_) | ConnectError::Initialize(_) => {
+                        (502, "executor_unreachable")
+                    }
+                };
+                Self::new(status, code, message).with_ran(Ran::No).caused_by(error)
             }
+            ReachError::Failed => Self::internal(&message).with_ran(Ran::No),
             ReachError::Refused(_) => Self::new(403, "forbidden", message).caused_by(error),
             ReachError::Store(_) => Self::new(503, "store_unavailable", message).retry_after(2).caused_by(error),
         }

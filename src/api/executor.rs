@@ -363,8 +363,14 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
         let message = "only encrypted executors are served yet";
         return Err(ApiError::new(503, "unsupported_transport", message).retry_after(30));
     }
+    let registry = &api.corridor.registry;
+    if registry.len() >= api.config.link.links_max && registry.current(&executor).is_none() {
+        return Err(
+            ApiError::new(503, "too_many_links", "the gateway serves as many executors as it may").retry_after(10)
+        );
+    }
     let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
-    if !api.corridor.registry.yields_to(&executor, Some(&registration.id), takeover_wait).await {
+    if !registry.yields_to(&executor, Some(&registration.id), takeover_wait).await {
         // 5xx: it dials the same URL again (codex-exec-server.md §2.5).
         return Err(Held::Occupied.as_error());
     }

@@ -81,12 +81,7 @@ impl Api {
         };
         let mut response = result.unwrap_or_else(|error| {
             // The path only: queries carry tickets and tokens.
-            tracing::info!(
-                request_id = %request_id.to_str().unwrap_or_default(),
-                %method, path, status = error.status(), code = error.code(),
-                cause = error.cause().map(tracing::field::display),
-                "refused"
-            );
+            log(&error, &request_id, &method, &path);
             render(&error, envelope)
         });
         response.headers_mut().insert(REQUEST_ID, request_id);
@@ -131,6 +126,18 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
         let id = format!("req_{}", uuid::Uuid::new_v4().simple());
         HeaderValue::from_str(&id).expect("a UUID is a header value")
     })
+}
+
+/// What callers get wrong is theirs to know; what the gateway could not do is the operator's as well. The path only:
+/// queries carry tickets and tokens.
+fn log(error: &ApiError, request_id: &HeaderValue, method: &Method, path: &str) {
+    let request_id = request_id.to_str().unwrap_or_default();
+    let (status, code, cause) = (error.status(), error.code(), error.cause().unwrap_or_default());
+    if status >= 500 {
+        tracing::warn!(request_id, %method, path, status, code, cause, "request failed");
+    } else {
+        tracing::debug!(request_id, %method, path, status, code, cause, "request refused");
+    }
 }
 
 fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {

@@ -29,10 +29,6 @@ use crate::config;
 /// Pause after the kernel refused to accept (no file descriptors left, usually): it lasts until a connection ends.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long an idle connection may stay open between two requests. Longer than the keep-alive of usual clients, so
-/// that they, not we, close first.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
-
 /// Serves one kind of requests on any number of addresses.
 pub struct Listener<S> {
     settings: config::Edge,
@@ -96,7 +92,7 @@ where
         // Frees a socket whose peer vanished while bytes were on their way; idle ones are found by pings.
         let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(self.dead_after));
 
-        let activity = Arc::new(Activity::new(Duration::from_secs(self.settings.header_timeout_secs)));
+        let activity = Arc::new(Activity::new(&self.settings));
         let service = {
             let activity = activity.clone();
             let service = self.service.clone();
@@ -165,14 +161,17 @@ struct Activity {
     requests: AtomicUsize,
     begun: CancellationToken,
     deadline: watch::Sender<Instant>,
+    idle_timeout: Duration,
 }
 
 impl Activity {
-    fn new(first_request: Duration) -> Self {
+    fn new(settings: &config::Edge) -> Self {
+        let first_request = Instant::now() + Duration::from_secs(settings.header_timeout_secs);
         Self {
             requests: AtomicUsize::new(0),
             begun: CancellationToken::new(),
-            deadline: watch::Sender::new(Instant::now() + first_request),
+            deadline: watch::Sender::new(first_request),
+            idle_timeout: Duration::from_secs(settings.idle_timeout_secs),
         }
     }
 
@@ -208,6 +207,6 @@ impl Busy {
 impl Drop for Busy {
     fn drop(&mut self) {
         self.0.requests.fetch_sub(1, Ordering::AcqRel);
-        self.0.deadline.send_replace(Instant::now() + IDLE_TIMEOUT);
+        self.0.deadline.send_replace(Instant::now() + self.0.idle_timeout);
     }
 }

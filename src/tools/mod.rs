@@ -174,6 +174,9 @@ impl Call {
         let client = Pool::client(&self.workspace, &self.binding, purpose);
         match tokio::time::timeout_at(deadline, client).await {
             Ok(client) => Ok(client?),
+            Err(_) if self.workspace.corridor().registry.link(&self.binding).is_none() => {
+                Err(Arc::new(ReachError::NotConnected(self.binding.name().to_string())).into())
+            }
             Err(_) => Err(ToolError::NoAnswer { ran: Ran::No }),
         }
     }

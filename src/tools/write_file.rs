@@ -45,7 +45,7 @@ pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
                 return Ok(failure(Tool::WriteFile, &error));
             }
         }
-        Ok(match refused(write(&client, uri, &content).await)? {
+        Ok(match refused(write(&client, uri, &content).await.map_err(|error| begun(error, create_parents)))? {
             Ok(()) => ToolResult {
                 // The executor replaces by emptying first, so a cut may leave a part.
                 structured_content: Some(json!({ "bytes": content.len(), "atomic": false })),
@@ -64,8 +64,20 @@ async fn write(client: &Client, path: FileUri, content: &[u8]) -> Result<(), Cal
         return Ok(());
     }
     let file = OpenFile::open(client, &path, OpenMode::Replace).await?;
-    for (at, block) in (0..).step_by(BLOCK_BYTES_MAX).zip(content.chunks(BLOCK_BYTES_MAX)) {
-        file.write(at, block).await?;
+    let written = async {
+        for (at, block) in (0..).step_by(BLOCK_BYTES_MAX).zip(content.chunks(BLOCK_BYTES_MAX)) {
+            file.write(at, block).await?;
+        }
+        file.close().await
+    };
+    written.await.map_err(|error| begun(error, true))
+}
+
+/// Once a part of the call has reached the executor, a request that did not get there no longer means that nothing
+/// was done.
+fn begun(error: CallError, begun: bool) -> CallError {
+    match error {
+        CallError::Lost { sent } => CallError::Lost { sent: sent || begun },
+        error => error,
     }
-    file.close().await
 }

@@ -17,6 +17,7 @@ use crate::auth::{Auth, Principal};
 use crate::config;
 use crate::protocol::ids::WorkspaceId;
 use crate::registry::Registry;
+use crate::relay::client::ConnectError;
 use crate::relay::link::OpenError;
 use crate::relay::noise::GatewayIdentity;
 use crate::relay::stream::StreamHandle;
@@ -60,11 +61,14 @@ pub enum ReachError {
         /// The tenant's name for it.
         environment: String,
         /// What failed, for the log.
-        source: Arc<crate::relay::client::ConnectError>,
+        source: Arc<ConnectError>,
     },
     /// The workspace's own right to open streams was refused.
     #[error("the workspace may not open streams")]
     Refused(#[source] CapTokenRefused),
+    /// The gateway failed while it opened the conversation.
+    #[error("the gateway failed at this request")]
+    Failed,
     /// The store does not answer.
     #[error("the environments of the workspace cannot be read")]
     Store(#[source] Arc<StoreError>),

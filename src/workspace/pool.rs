@@ -12,6 +12,7 @@ use futures_util::future::{BoxFuture, Shared};
 use super::{ReachError, Workspace};
 use crate::protocol::ids::ExecutorId;
 use crate::relay::client::{Client, ConnectError};
+use crate::relay::stream::StreamEnd;
 use crate::store::Binding;
 
 /// What a client is used for.
@@ -22,6 +23,9 @@ pub enum Use {
     /// `fs/*`
     Files,
 }
+
+/// Links that may be lost one after the other while a conversation is opened.
+const OPEN_TRIES: usize = 3;
 
 type Dial = Shared<BoxFuture<'static, Result<Client, Arc<ReachError>>>>;
 
@@ -55,7 +59,7 @@ impl Pool {
             }
             _ => {
                 let task = tokio::spawn(open(workspace.clone(), binding.clone()));
-                let dial = async move { task.await.unwrap_or_else(|_| Err(Arc::new(ReachError::TooManyStreams))) };
+                let dial = async move { task.await.unwrap_or_else(|_| Err(Arc::new(ReachError::Failed))) };
                 let dial = dial.boxed().shared();
                 dials.insert(key, dial.clone());
                 dial
@@ -84,9 +88,26 @@ impl Pool {
     }
 }
 
+/// Opens a conversation. One cut off by the loss of its link is opened again, on the link that follows: nothing has
+/// reached the executor yet.
 async fn open(workspace: Arc<Workspace>, binding: Binding) -> Result<Client, Arc<ReachError>> {
+    let environment = || binding.name().to_string();
+    for _ in 0..OPEN_TRIES {
+        match try_open(&workspace, &binding).await? {
+            Ok(client) => return Ok(client),
+            Err(ConnectError::Ended(StreamEnd::Disconnected)) => {}
+            Err(error) => {
+                tracing::warn!(executor = %binding.executor(), %error, "no conversation with the executor");
+                return Err(Arc::new(ReachError::Unreachable { environment: environment(), source: Arc::new(error) }));
+            }
+        }
+    }
+    Err(Arc::new(ReachError::NotConnected(environment())))
+}
+
+async fn try_open(workspace: &Workspace, binding: &Binding) -> Result<Result<Client, ConnectError>, Arc<ReachError>> {
     let right = workspace.own_right().map_err(Arc::new)?;
-    let stream = workspace.open_stream(&right, &binding).await.map_err(Arc::new)?;
+    let stream = workspace.open_stream(&right, binding).await.map_err(Arc::new)?;
     let corridor = workspace.corridor();
     let authorization = corridor.auth.harness().mint(
         workspace.id(),
@@ -94,12 +115,5 @@ async fn open(workspace: Arc<Workspace>, binding: Binding) -> Result<Client, Arc
         &stream.link().registration().id,
         &corridor.identity.key_digest(),
     );
-    Client::connect(stream, &corridor.identity, &authorization).await.map_err(|error| {
-        tracing::warn!(executor = %binding.executor(), %error, "no conversation with the executor");
-        let environment = binding.name().to_string();
-        Arc::new(match error {
-            ConnectError::Ended(_) => ReachError::NotConnected(environment),
-            error => ReachError::Unreachable { environment, source: Arc::new(error) },
-        })
-    })
+    Ok(Client::connect(stream, &corridor.identity, &authorization).await)
 }

@@ -3,6 +3,8 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -189,16 +191,17 @@ impl Drop for Process {
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// Makes a directory with that beginning of its name, which only this user can open.
+    /// Makes a new directory with that beginning of its name, which only this user can open. The name stays short:
+    /// the path of a socket inside has room for about a hundred bytes.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// Those of the file system; a directory of that name that exists already is not used.
     pub fn new(prefix: &Path) -> anyhow::Result<Self> {
-        use std::os::unix::fs::DirBuilderExt;
         let mut path = prefix.as_os_str().to_owned();
-        path.push(format!("-{}", uuid::Uuid::new_v4().simple()));
+        path.push(format!("-{:08x}", uuid::Uuid::new_v4().as_fields().0));
         let path = PathBuf::from(path);
-        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        let parent = path.parent().unwrap_or(Path::new("/"));
+        let made = std::fs::create_dir_all(parent).and_then(|()| DirBuilder::new().mode(0o700).create(&path));
         made.with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Self(path))
     }

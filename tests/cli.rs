@@ -4,11 +4,11 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
-use crate::support::{Caller, DaemonProcess, Scratch, codex, eventually};
+use crate::support::{Caller, CodexExecutor, DaemonProcess, Scratch, TestGateway, codex, eventually};
 
 /// The binary with an environment that holds nothing but a home and the programs that everything needs.
 fn gateway(home: &Scratch, arguments: &[&str]) -> Command {
@@ -283,6 +283,16 @@ async fn a_demonstration_without_codex_and_npm_ends_with_one_line() {
     let ran: Ran = gateway(&home, &["demo", "--once"]).env("PATH", home.path()).output().await.unwrap().into();
     assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.lines().count()), (Some(1), "", 1), "{}", ran.stderr);
     assert!(ran.stderr.contains("npm") && ran.stderr.contains("--codex"), "{}", ran.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_on_an_executor_may_be_this_binary() {
+    let gateway = TestGateway::start().await;
+    let caller = gateway.caller("w").await;
+    let credentials = gateway.executor("w", "box").await;
+    let _executor = CodexExecutor::connected(&gateway.url(), &credentials, &caller, "box").await;
+    let result = caller.shell("box", json!({ "command": [env!("CARGO_BIN_EXE_exec-gateway"), "check"] })).await;
+    assert_eq!((&result["stderr"], &result["exit_code"]), (&json!(""), &json!(0)));
 }
 
 fn left_in(directory: &Scratch) -> Vec<PathBuf> {

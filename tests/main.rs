@@ -3,6 +3,7 @@
 
 mod support;
 
+mod cli;
 mod files;
 mod limits;
 mod links;

@@ -6,6 +6,7 @@ pub mod auth;
 pub mod config;
 pub mod edge;
 pub mod gateway;
+pub mod journal;
 pub mod ops;
 pub mod registry;
 pub mod relay;

@@ -31,8 +31,10 @@ use crate::protocol::ids::ExecutorId;
 use crate::registry::Registry;
 use crate::relay::link::CloseReason;
 use crate::relay::noise::{GatewayIdentity, NoiseError};
+use crate::session::Sessions;
 use crate::store::{RevocationScope, StateLock, Store, StoreError};
 use crate::workspace::Corridor;
+use crate::workspace::cache::Workspaces;
 
 /// Connections the kernel holds until they are accepted: many executors come back at once after a restart.
 const BACKLOG: u32 = 4096;
@@ -42,6 +44,9 @@ const LOCK_WAIT: Duration = Duration::from_secs(1);
 
 /// Interval in which idle workspaces are dropped and connected executors recorded.
 const SWEEP_EVERY: Duration = Duration::from_secs(20);
+
+/// How long sessions may take to write what they have.
+const SESSIONS_CLOSE: Duration = Duration::from_secs(5);
 
 /// How long links may take to say farewell.
 const LINKS_CLOSE: Duration = Duration::from_secs(5);
@@ -99,6 +104,7 @@ impl Drop for Gateway {
         self.ops_accepting.cancel();
         self.background.cancel();
         self.drain.cancel();
+        self.api.sessions.stop.cancel();
         self.api.corridor.registry.close_all(CloseReason::Draining);
     }
 }
@@ -125,7 +131,17 @@ impl Gateway {
             settings: config.workspace.clone(),
         });
         let metrics = Arc::new(Metrics::default());
-        let api = Arc::new(Api::new(config.clone(), corridor, metrics.clone()));
+        let workspaces = Arc::new(Workspaces::new(corridor.clone()));
+        let sessions = Sessions::restore(
+            config.session.clone(),
+            config.tools.env_exclude.clone(),
+            state_dir.join("sessions"),
+            store.clone(),
+            corridor.auth.clone(),
+            workspaces.clone(),
+        );
+        let sessions = sessions.await.map_err(of_store)?;
+        let api = Arc::new(Api::new(config.clone(), corridor, workspaces, sessions, metrics.clone()));
 
         let mut sockets = Vec::new();
         for address in &config.listen {
@@ -222,6 +238,13 @@ impl Gateway {
             tracing::warn!(connections = self.connections.len(), "calls outlived the grace and are cut");
         }
 
+        // Their processes live on at the executors; output that came until now is on disk.
+        self.api.sessions.stop.cancel();
+        self.api.sessions.tasks.close();
+        if timeout(SESSIONS_CLOSE, self.api.sessions.tasks.wait()).await.is_err() {
+            tracing::warn!(sessions = self.api.sessions.tasks.len(), "sessions did not let go in time");
+        }
+
         // A call after the restart waits for an executor only if it was seen lately.
         let registry = &self.api.corridor.registry;
         record_connected(&self.api).await;
@@ -285,12 +308,14 @@ fn apply(api: &Api, change: &Change) {
         Change::TokenRevoked(token) => api.corridor.auth.proxy_tokens().forget(token),
         Change::ExecutorDeleted(executor) => {
             api.corridor.registry.forget(executor);
+            api.sessions.let_go(None, executor);
             for workspace in api.workspaces.all() {
                 workspace.resolver.invalidate();
                 workspace.pool.close_executor(executor);
             }
         }
         Change::Unbound { workspace, executor } => {
+            api.sessions.let_go(Some(workspace), executor);
             if let Some(workspace) = api.workspaces.peek(workspace) {
                 workspace.resolver.invalidate();
                 workspace.pool.close_executor(executor);
@@ -321,6 +346,7 @@ async fn sweep(api: Arc<Api>, stop: CancellationToken) {
             () = stop.cancelled() => return,
         }
         api.workspaces.evict_idle();
+        api.sessions.expire().await;
         record_connected(&api).await;
         if let Err(error) = api.corridor.store.forget_revocations(SystemTime::now()).await {
             tracing::warn!(%error, "expired revocations were not forgotten");
@@ -350,6 +376,7 @@ fn readings(api: &Arc<Api>) -> Readings {
         let gauge = |name, help, value: usize| Reading { name, help, value: Value::Gauge(value as u64) };
         vec![
             gauge("links", "Connected executors", api.corridor.registry.len()),
+            gauge("sessions", "Process sessions, ended ones that can still be read included", api.sessions.len()),
             gauge("workspaces", "Workspaces in memory", api.workspaces.len()),
             counter("workspaces_built", "Workspaces built on first use", api.workspaces.built()),
             counter("workspaces_evicted", "Workspaces dropped when idle", api.workspaces.evicted()),

@@ -10,6 +10,7 @@ pub mod journal;
 pub mod ops;
 pub mod registry;
 pub mod relay;
+pub mod session;
 pub mod store;
 pub mod time;
 pub mod tools;

@@ -13,10 +13,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 use uuid::Uuid;
 
 use super::error::ApiError;
-use super::{Api, json};
+use super::{Api, json, query_parameter};
 use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
 use crate::edge::body::{self, Body};
-use crate::edge::router::percent_decode;
 use crate::edge::upgrade::{self, SocketLimits};
 use crate::ops::metrics::OutcomeLabel;
 use crate::protocol::ids::{ExecutorId, RegistrationId};
@@ -330,7 +329,7 @@ fn unauthorized() -> ApiError {
 /// `GET /bridge/{id}` with a ticket: the executor's socket.
 pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let query = request.uri().query().unwrap_or_default();
-    let (ticket, registration) = (parameter(query, "token"), parameter(query, "reg"));
+    let (ticket, registration) = (query_parameter(query, "token"), query_parameter(query, "reg"));
     if ticket.is_none() && registration.is_none() {
         // Harnesses show their credential in a header.
         api.corridor.auth.principal(crate::auth::bearer(request.headers())?).await?;
@@ -416,13 +415,4 @@ async fn seen(api: &Api, executor: &ExecutorId) {
     if let Err(error) = api.corridor.store.touch_executors(vec![(executor.clone(), SystemTime::now())]).await {
         tracing::warn!(%executor, %error, "the executor's last contact was not stored");
     }
-}
-
-/// A query parameter, percent-decoded.
-fn parameter(query: &str, name: &str) -> Option<String> {
-    query
-        .split('&')
-        .filter_map(|pair| pair.split_once('='))
-        .find(|(key, _)| *key == name)
-        .and_then(|(_, value)| percent_decode(value))
 }

@@ -2,6 +2,7 @@
 
 pub mod error;
 pub mod executor;
+pub mod processes;
 pub mod rest;
 
 use std::sync::Arc;
@@ -17,9 +18,10 @@ use tokio_util::task::TaskTracker;
 use self::error::ApiError;
 use crate::config::Config;
 use crate::edge::body::{Body, full};
-use crate::edge::router::{Envelope, Route, RouteError, Router};
+use crate::edge::router::{Envelope, Route, RouteError, Router, percent_decode};
 use crate::ops::metrics::Metrics;
 use crate::protocol::rest::ErrorBody;
+use crate::session::Sessions;
 use crate::workspace::Corridor;
 use crate::workspace::cache::Workspaces;
 
@@ -32,7 +34,9 @@ pub struct Api {
     /// Store, rights, connected executors.
     pub corridor: Arc<Corridor>,
     /// Tenants in memory.
-    pub workspaces: Workspaces,
+    pub workspaces: Arc<Workspaces>,
+    /// Processes that outlive their callers.
+    pub sessions: Arc<Sessions>,
     /// Bounds and times of tool calls.
     pub tools: Arc<crate::config::Tools>,
     /// Counters.
@@ -46,9 +50,16 @@ pub struct Api {
 
 impl Api {
     /// Puts the doors in front of the domain.
-    pub fn new(config: Config, corridor: Arc<Corridor>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        config: Config,
+        corridor: Arc<Corridor>,
+        workspaces: Arc<Workspaces>,
+        sessions: Arc<Sessions>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         Self {
-            workspaces: Workspaces::new(corridor.clone()),
+            workspaces,
+            sessions,
             tools: Arc::new(config.tools.clone()),
             config,
             corridor,
@@ -77,7 +88,7 @@ impl Api {
             }
             Err(RouteError::NotFound) => Err(ApiError::new(404, "not_found", "no such path")),
             Err(RouteError::Method(allowed)) => Err(ApiError::new(405, "method_not_allowed", format!("use {allowed}"))
-                .with_header(ALLOW, HeaderValue::from_str(allowed.as_str()).expect("a method is a header value"))),
+                .with_header(ALLOW, HeaderValue::from_str(&allowed).expect("a method is a header value"))),
         };
         let mut response = result.unwrap_or_else(|error| {
             // The path only: queries carry tickets and tokens.
@@ -97,6 +108,12 @@ impl Api {
         match route {
             Route::EnvList => rest::list_environments(&self, request).await,
             Route::ToolCall => rest::call_tool(&self, &parameter, request).await,
+            Route::ProcessList => processes::list(&self, request).await,
+            Route::ProcessShow => processes::show(&self, &parameter, request).await,
+            Route::ProcessForget => processes::forget(&self, &parameter, request).await,
+            Route::ProcessOutput => processes::output(&self, &parameter, request).await,
+            Route::ProcessStdin => processes::stdin(&self, &parameter, request).await,
+            Route::ProcessTerminate => processes::terminate(&self, &parameter, request).await,
             Route::RegisterCodex => executor::register(&self, executor::Door::Codex, &parameter, request).await,
             Route::RegisterAgentx => executor::register(&self, executor::Door::Agentx, &parameter, request).await,
             Route::Validate => executor::validate(&self, &parameter, request).await,
@@ -173,4 +190,10 @@ fn json(value: &impl Serialize) -> Response<Body> {
     let mut response = Response::new(full(json_line(value)));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
+}
+
+/// A query parameter, percent-decoded.
+fn query_parameter(query: &str, name: &str) -> Option<String> {
+    let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+    pairs.into_iter().find(|(key, _)| *key == name).and_then(|(_, value)| percent_decode(value))
 }

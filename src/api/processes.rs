@@ -16,7 +16,7 @@ use super::error::ApiError;
 use super::rest::{caller, field_error};
 use super::{Api, json as json_answer, query_parameter};
 use crate::edge::body::{self, Body};
-use crate::journal::Page;
+use crate::journal::{JournalError, Lost, Page};
 use crate::session::{EndSignal, Session, StdinMode, WriteOrder};
 use crate::time::rfc3339;
 
@@ -138,20 +138,23 @@ pub async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Res
     loop {
         let status = changes.borrow_and_update().clone();
         let page = page(&session, &query).await?;
-        let nothing = page.records.is_empty() && page.lost_bytes == 0;
-        if nothing && !status.state.is_final() && timeout_at(until, changes.changed()).await.is_ok_and(|ok| ok.is_ok()) {
+        let nothing = page.records.is_empty() && page.lost.is_none();
+        if nothing && !status.state.is_final() && timeout_at(until, changes.changed()).await.is_ok_and(|ok| ok.is_ok())
+        {
             continue;
         }
         session.touch();
         // The exit is told on the page that reaches the end, and on every later empty one.
         let over = status.state.is_final() && page.end;
+        let lost_bytes = lost_bytes(&session, query.tag);
         let mut answer = json!({
             "chunks": chunks(&page),
             "exit_code": if over { json!(status.exit_code) } else { Value::Null },
             "session_alive": !over,
-            "truncated": page.lost_bytes > 0,
-            "lost_bytes": page.lost_bytes,
-            "next_since": page.next_since,
+            "truncated": lost_bytes > 0,
+            "lost_bytes": lost_bytes,
+            "lost": page.lost.as_ref().map(lost),
+            "next_since": page.next_seq,
             "state": if over { status.state.as_str() } else { "running" },
         });
         if over {
@@ -172,7 +175,9 @@ async fn page(session: &Arc<Session>, query: &OutputQuery) -> Result<Page, ApiEr
 }
 
 /// Files are read beside the runtime, so that a slow disk holds up nobody else.
-async fn read<T: Send + 'static>(reading: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T, ApiError> {
+async fn read<T: Send + 'static>(
+    reading: impl FnOnce() -> Result<T, JournalError> + Send + 'static,
+) -> Result<T, ApiError> {
     let failed = |error: &(dyn std::error::Error + 'static)| {
         ApiError::new(503, "store_unavailable", "the output could not be read").retry_after(2).caused_by(error)
     };
@@ -199,24 +204,45 @@ async fn head_tail(session: &Arc<Session>, query: &OutputQuery, bytes: usize) ->
     })))
 }
 
-fn chunks(page: &Page) -> Vec<Value> {
-    let stream = |tag: u8| match tag {
+/// Bytes of the session that can no longer be read.
+fn lost_bytes(session: &Session, tag: Option<u8>) -> u64 {
+    session
+        .journal()
+        .totals()
+        .iter()
+        .filter(|total| tag.is_none_or(|tag| total.tag == tag))
+        .map(|total| total.lost_bytes)
+        .sum()
+}
+
+/// What no longer exists between the reader's cursor and the first chunk.
+fn lost(lost: &Lost) -> Value {
+    let resume: serde_json::Map<String, Value> =
+        lost.resume.iter().map(|(tag, offset)| (stream_name(*tag).to_owned(), json!(offset))).collect();
+    json!({ "from_seq": lost.seqs.start, "to_seq": lost.seqs.end, "resume_offsets": resume })
+}
+
+fn stream_name(tag: u8) -> &'static str {
+    match tag {
         1 => "stderr",
         2 => "pty",
         _ => "stdout",
-    };
+    }
+}
+
+fn chunks(page: &Page) -> Vec<Value> {
     page.records
         .iter()
         .map(|record| match &record.gap {
             None => json!({
                 "seq": record.seq,
-                "stream": stream(record.tag),
+                "stream": stream_name(record.tag),
                 "offset": record.offset,
                 "data_b64": STANDARD.encode(&record.bytes),
             }),
             Some(gap) => json!({
                 "seq": record.seq,
-                "stream": stream(record.tag),
+                "stream": stream_name(record.tag),
                 "offset": record.offset,
                 "data_b64": "",
                 "gap": { "chunks": gap.chunks, "bytes": gap.bytes },
@@ -233,13 +259,11 @@ fn exit(session: &Session) -> Value {
         .totals()
         .iter()
         .map(|total| {
-            let name = match total.tag {
-                1 => "stderr",
-                2 => "pty",
-                _ => "stdout",
-            };
             let digest = total.sha256.map(|digest| digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
-            (name.to_owned(), json!({ "bytes": total.bytes, "lost_bytes": total.lost_bytes, "sha256": digest }))
+            (
+                stream_name(total.tag).to_owned(),
+                json!({ "bytes": total.bytes, "lost_bytes": total.lost_bytes, "exact": total.exact, "sha256": digest }),
+            )
         })
         .collect();
     json!({
@@ -279,7 +303,11 @@ pub async fn stdin(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resu
         .decode(body.data_b64.unwrap_or_default())
         .map_err(|_| ApiError::new(400, "bad_base64", "data_b64: expected standard base64 with padding"))?;
     if body.eof && session.request.stdin != StdinMode::Stream {
-        return Err(ApiError::new(409, "eof_unsupported", "the stdin of this session has no end; start it with stdin \"stream\""));
+        return Err(ApiError::new(
+            409,
+            "eof_unsupported",
+            "the stdin of this session has no end; start it with stdin \"stream\"",
+        ));
     }
     let order = WriteOrder { offset: body.offset, bytes: Bytes::from(bytes), eof: body.eof };
     let wait = Duration::from_secs(api.config.session.wait_max_secs);
@@ -316,7 +344,8 @@ pub async fn terminate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
 
 async fn read_json<T: serde::de::DeserializeOwned>(api: &Api, request: Request<Incoming>) -> Result<T, ApiError> {
     let edge = &api.config.edge;
-    let body = body::read(request.into_body(), edge.body_bytes_max, Duration::from_secs(edge.body_timeout_secs)).await?;
+    let body =
+        body::read(request.into_body(), edge.body_bytes_max, Duration::from_secs(edge.body_timeout_secs)).await?;
     let text: &[u8] = if body.is_empty() { b"{}" } else { &body };
     serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(text))
         .map_err(|error| ApiError::new(400, "bad_request", field_error("", &error)))

@@ -24,7 +24,7 @@ use crate::time::rfc3339;
 use crate::tools::{Call, Tool};
 use crate::workspace::Workspace;
 
-async fn caller(api: &Api, request: &Request<Incoming>) -> Result<Principal, ApiError> {
+pub(super) async fn caller(api: &Api, request: &Request<Incoming>) -> Result<Principal, ApiError> {
     Ok(api.corridor.auth.principal(bearer(request.headers())?).await?)
 }
 
@@ -56,6 +56,7 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
     let bearer = Zeroizing::new(bearer(request.headers())?.to_owned());
     let principal = api.corridor.auth.principal(&bearer).await?;
     let workspace = api.workspaces.get(&principal);
+    let key = idempotency_key(request.headers())?;
     let place = workspace.begin_call()?;
     let edge = &api.config.edge;
     let wait = Duration::from_secs(edge.body_timeout_secs);
@@ -70,7 +71,7 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
     }
     check_environment(name, &call)?;
 
-    let run = run(api.clone(), workspace, tool, name.to_owned(), call);
+    let run = run(api.clone(), workspace, tool, name.to_owned(), key, call);
     let mut run: Pin<Box<RunningCall>> = Box::pin(async move {
         let result = tokio::select! {
             result = run => result,
@@ -86,6 +87,12 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
     }
 }
 
+fn idempotency_key(headers: &hyper::HeaderMap) -> Result<Option<String>, ApiError> {
+    let Some(key) = headers.get("idempotency-key") else { return Ok(None) };
+    let key = key.to_str().map_err(|_| ApiError::new(400, "bad_request", "Idempotency-Key: expected visible ASCII"))?;
+    Ok(Some(key.to_owned()))
+}
+
 type RunningCall = dyn Future<Output = Result<ToolResult, ApiError>> + Send;
 
 async fn run(
@@ -93,12 +100,14 @@ async fn run(
     workspace: Arc<Workspace>,
     tool: Tool,
     environment: String,
+    key: Option<String>,
     call: ToolCall,
 ) -> Result<ToolResult, ApiError> {
     let started = Instant::now();
     let result = async {
         let binding = workspace.environment(&environment).await?;
-        let call = Call { workspace, binding, settings: api.tools.clone(), started, arguments: call.arguments };
+        let (settings, sessions) = (api.tools.clone(), api.sessions.clone());
+        let call = Call { workspace, binding, settings, started, sessions, key, arguments: call.arguments };
         Ok::<_, ApiError>(tool.call(call).await?)
     }
     .await;

@@ -1,5 +1,7 @@
 //! Method and path → door: every endpoint of the gateway in one list.
 
+use std::collections::BTreeMap;
+
 use hyper::Method;
 use matchit::{Match, Params};
 
@@ -10,6 +12,18 @@ pub enum Route {
     EnvList,
     /// One tool call.
     ToolCall,
+    /// The process sessions of a workspace.
+    ProcessList,
+    /// One process session.
+    ProcessShow,
+    /// A process session is ended and forgotten.
+    ProcessForget,
+    /// Output of a process session.
+    ProcessOutput,
+    /// Input for a process session.
+    ProcessStdin,
+    /// A process session is to end.
+    ProcessTerminate,
     /// An executor registers: codex.
     RegisterCodex,
     /// An executor registers: agentx.
@@ -36,9 +50,17 @@ impl Route {
     pub fn envelope(self) -> Envelope {
         match self {
             Self::Bridge | Self::Health => Envelope::Text,
-            Self::EnvList | Self::ToolCall | Self::RegisterCodex | Self::RegisterAgentx | Self::Validate => {
-                Envelope::Json
-            }
+            Self::EnvList
+            | Self::ToolCall
+            | Self::ProcessList
+            | Self::ProcessShow
+            | Self::ProcessForget
+            | Self::ProcessOutput
+            | Self::ProcessStdin
+            | Self::ProcessTerminate
+            | Self::RegisterCodex
+            | Self::RegisterAgentx
+            | Self::Validate => Envelope::Json,
         }
     }
 }
@@ -48,24 +70,30 @@ impl Route {
 pub enum RouteError {
     /// No such path.
     NotFound,
-    /// The path exists for another method, which this names.
-    Method(Method),
+    /// The path exists for other methods, which this lists.
+    Method(String),
 }
 
 /// The table of contents of the API.
-pub struct Router(matchit::Router<(Method, Route)>);
+pub struct Router(matchit::Router<Vec<(Method, Route)>>);
 
 impl Router {
     /// Every endpoint.
     pub fn new() -> Self {
-        let mut paths = matchit::Router::new();
+        let mut table: BTreeMap<String, Vec<(Method, Route)>> = BTreeMap::new();
         let mut add = |method: Method, path: &str, route: Route| {
-            paths.insert(path, (method, route)).expect("paths of the table do not conflict");
+            table.entry(path.to_owned()).or_default().push((method, route));
         };
         // The older Python client still calls /api/sdk.
         for base in ["/api/connectors", "/api/sdk"] {
             add(Method::POST, &format!("{base}/envs/list"), Route::EnvList);
             add(Method::POST, &format!("{base}/envs/{{name}}/tool/call"), Route::ToolCall);
+            add(Method::GET, &format!("{base}/processes"), Route::ProcessList);
+            add(Method::GET, &format!("{base}/processes/{{sid}}"), Route::ProcessShow);
+            add(Method::DELETE, &format!("{base}/processes/{{sid}}"), Route::ProcessForget);
+            add(Method::GET, &format!("{base}/processes/{{sid}}/output"), Route::ProcessOutput);
+            add(Method::POST, &format!("{base}/processes/{{sid}}/stdin"), Route::ProcessStdin);
+            add(Method::POST, &format!("{base}/processes/{{sid}}/terminate"), Route::ProcessTerminate);
         }
         add(Method::POST, "/cloud/environment/{id}/register", Route::RegisterCodex);
         add(Method::POST, "/cloud/executor/{id}/register", Route::RegisterCodex);
@@ -76,6 +104,10 @@ impl Router {
         add(Method::GET, "/codex-exec/{id}", Route::Bridge);
         add(Method::GET, "/agentx/{id}", Route::Bridge);
         add(Method::GET, "/healthz", Route::Health);
+        let mut paths = matchit::Router::new();
+        for (path, routes) in table {
+            paths.insert(path, routes).expect("paths of the table do not conflict");
+        }
         Self(paths)
     }
 
@@ -84,10 +116,14 @@ impl Router {
     /// # Errors
     /// [`RouteError`].
     pub fn find(&self, method: &Method, path: &str) -> Result<(Route, String), RouteError> {
-        let Match { value: (wanted, route), params } = self.0.at(path).map_err(|_| RouteError::NotFound)?;
-        if wanted != method && !(*wanted == Method::GET && *method == Method::HEAD && *route == Route::Health) {
-            return Err(RouteError::Method(wanted.clone()));
-        }
+        let Match { value: routes, params } = self.0.at(path).map_err(|_| RouteError::NotFound)?;
+        let answers = |wanted: &Method, route: Route| {
+            wanted == method || (*wanted == Method::GET && *method == Method::HEAD && route == Route::Health)
+        };
+        let Some((_, route)) = routes.iter().find(|(wanted, route)| answers(wanted, *route)) else {
+            let allowed: Vec<&str> = routes.iter().map(|(wanted, _)| wanted.as_str()).collect();
+            return Err(RouteError::Method(allowed.join(", ")));
+        };
         Ok((*route, parameter(&params).ok_or(RouteError::NotFound)?))
     }
 }
@@ -140,7 +176,7 @@ mod tests {
     fn a_wrong_method_is_told_the_right_one() {
         assert_eq!(
             Router::new().find(&Method::GET, "/api/connectors/envs/list"),
-            Err(RouteError::Method(Method::POST))
+            Err(RouteError::Method("POST".into()))
         );
         assert_eq!(Router::new().find(&Method::GET, "/nowhere"), Err(RouteError::NotFound));
     }

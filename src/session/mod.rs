@@ -22,8 +22,8 @@ use uuid::Uuid;
 
 use crate::auth::Auth;
 use crate::config;
-use crate::journal::{Full, Journal, JournalReader, Limits};
-use crate::protocol::ids::{SessionId, WorkspaceId};
+use crate::journal::{Full, Journal, JournalError, JournalReader, Limits};
+use crate::protocol::ids::{ExecutorId, SessionId, WorkspaceId};
 use crate::protocol::rpc::{ProcessSignal, Signal};
 use crate::relay::client::{CallError, Client};
 use crate::relay::process_tree::end_tree;
@@ -32,6 +32,9 @@ use crate::workspace::Workspace;
 use crate::workspace::cache::Workspaces;
 
 pub use stdin::{StdinError, WriteOrder, Written};
+
+/// Numbers of output start where the original's do.
+const FIRST_SEQ: u64 = 1;
 
 /// What a caller asked for, as stored with the session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,7 +84,7 @@ pub enum SessionError {
     Store(#[from] StoreError),
     /// The session's directory cannot be used.
     #[error("the session's output cannot be stored")]
-    Disk(#[from] std::io::Error),
+    Disk(#[from] JournalError),
     /// The executor refused to start the process; nothing ran.
     #[error("{0}")]
     NotStarted(String),
@@ -333,10 +336,11 @@ impl Sessions {
     }
 
     fn take_up(self: &Arc<Self>, row: SessionRow) -> Result<(), SessionError> {
-        let request = serde_json::from_str(&row.request).map_err(std::io::Error::from)?;
+        let request = serde_json::from_str(&row.request).map_err(|error| JournalError::Disk(error.into()))?;
         let path = self.directory_of(&row.id);
         let journal = match Journal::open(&path, self.limits()) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Journal::create(&path, self.limits())?,
+            // Reserved, and the gateway was gone before there was output.
+            Err(JournalError::Missing) => Journal::create(&path, FIRST_SEQ, self.limits())?,
             journal => journal?,
         };
         self.enter(row, request, journal, None);
@@ -368,10 +372,10 @@ impl Sessions {
             environment: row.environment.to_string(),
             request,
             created_at: row.created_at,
-            status: watch::Sender::new(Status::of(&row, journal.reader().newest())),
+            status: watch::Sender::new(Status::of(&row, journal.reader().published())),
             client: watch::Sender::new(None),
             writing: tokio::sync::Mutex::new(()),
-            journal: journal.reader(),
+            journal: journal.reader().clone(),
             row: Mutex::new(row),
             used: Mutex::new(Instant::now()),
         });
@@ -395,9 +399,13 @@ impl Sessions {
         key: Option<String>,
         wait: Duration,
     ) -> Result<Arc<Session>, SessionError> {
-        let text = serde_json::to_string(&request).map_err(std::io::Error::from)?;
-        let digest: [u8; 32] =
-            Sha256::new().chain_update(binding.executor().as_str()).chain_update([0]).chain_update(&text).finalize().into();
+        let text = serde_json::to_string(&request).map_err(|error| JournalError::Disk(error.into()))?;
+        let digest: [u8; 32] = Sha256::new()
+            .chain_update(binding.executor().as_str())
+            .chain_update([0])
+            .chain_update(&text)
+            .finalize()
+            .into();
         if let Some(key) = &key
             && let Some(known) = self.store.session_by_key(workspace.id(), key).await?
         {
@@ -435,7 +443,7 @@ impl Sessions {
                 Reserved::Known(known) => Ok::<_, SessionError>(Err(known)),
                 Reserved::New => {
                     let path = sessions.directory_of(&row.id);
-                    let journal = match Journal::create(&path, sessions.limits()) {
+                    let journal = match Journal::create(&path, FIRST_SEQ, sessions.limits()) {
                         Ok(journal) => journal,
                         Err(error) => {
                             sessions.store.forget_session(&row.id).await?;
@@ -536,12 +544,26 @@ impl Sessions {
         Ok(())
     }
 
+    /// Ends the conversations of sessions on an executor that may no longer be reached, of one workspace or of all: their
+    /// tasks look the right up again, and find that it is gone.
+    pub fn let_go(&self, workspace: Option<&WorkspaceId>, executor: &ExecutorId) {
+        for session in &self.entries {
+            let concerned = session.row().executor == *executor && workspace.is_none_or(|of| session.workspace == *of);
+            if concerned && let Some(client) = session.client.borrow().as_ref() {
+                client.close();
+            }
+        }
+    }
+
     /// Forgets what was not used for too long; a running process is ended first.
     pub async fn expire(&self) {
         let entries: Vec<Arc<Session>> = self.entries.iter().map(|entry| entry.clone()).collect();
         for session in entries {
-            let bound =
-                if session.status().state.is_final() { self.settings.idle_secs } else { self.settings.running_idle_secs };
+            let bound = if session.status().state.is_final() {
+                self.settings.idle_secs
+            } else {
+                self.settings.running_idle_secs
+            };
             if session.idle() >= Duration::from_secs(bound)
                 && let Err(error) = self.forget(&session).await
             {

@@ -19,11 +19,11 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::{EndSignal, Session, Sessions, StdinMode};
 use crate::config::Secret;
-use crate::journal::{Append, Journal};
+use crate::journal::{Append, Journal, JournalError};
 use crate::protocol::path::FileUri;
 use crate::protocol::rpc::{
-    ALREADY_ATTACHED, EnvPolicy, EnvironmentInfo, ExecutorSessionId, OutputStream, ProcessOutputPage,
-    ProcessRead, ProcessStart,
+    ALREADY_ATTACHED, EnvPolicy, EnvironmentInfo, ExecutorSessionId, OutputStream, ProcessOutputPage, ProcessRead,
+    ProcessStart,
 };
 use crate::relay::client::{CallError, Client, ConnectError, ProcessEvent};
 use crate::relay::process_tree::MARK;
@@ -102,12 +102,11 @@ struct Task {
 /// the next gateway process takes it up.
 pub(super) async fn run(sessions: Arc<Sessions>, session: Arc<Session>, journal: Journal, binding: Option<Binding>) {
     let stop = sessions.stop.clone();
-    let mark = journal.newest_mark();
+    let mark = journal.reader().last_mark().unwrap_or(0);
     let timeout = session.request.timeout_ms.map(Duration::from_millis);
     let age = session.created_at.elapsed().unwrap_or_default();
     let deadline = timeout.map(|timeout| Instant::now() + timeout.saturating_sub(age));
-    let mut task =
-        Task { sessions, session, journal: Some(journal), binding, mark, exit_code: None, deadline };
+    let mut task = Task { sessions, session, journal: Some(journal), binding, mark, exit_code: None, deadline };
     tokio::select! {
         () = task.drive() => {}
         () = stop.cancelled() => {}
@@ -304,8 +303,9 @@ impl Task {
             return;
         }
         let Some(mut journal) = self.journal.take() else { return };
+        let tty = self.session.request.tty;
         let written = tokio::task::spawn_blocking(move || {
-            let result = records.write(&mut journal);
+            let result = records.write(&mut journal, tty);
             (journal, result)
         });
         // A panic of the journal would end this task with it; the session is then taken up at the next start.
@@ -318,7 +318,7 @@ impl Task {
     }
 
     fn newest(&self) -> u64 {
-        self.journal.as_ref().map_or(0, |journal| journal.reader().newest())
+        self.journal.as_ref().map_or(0, |journal| journal.reader().published())
     }
 
     async fn sync(&mut self) {
@@ -334,8 +334,9 @@ impl Task {
         }
     }
 
-    async fn save(&self) -> Result<(), StoreError> {
-        self.sessions.store.save_session(self.session.row()).await
+    fn save(&self) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
+        let (store, row) = (self.sessions.store.clone(), self.session.row());
+        async move { store.save_session(row).await }
     }
 
     /// The end is told only when all output is on disk and the end itself is stored.
@@ -434,7 +435,7 @@ impl Records {
         }
     }
 
-    fn write(self, journal: &mut Journal) -> std::io::Result<()> {
+    fn write(self, journal: &mut Journal, tty: bool) -> Result<(), JournalError> {
         let mut outputs = Vec::new();
         for record in &self.0 {
             match record {
@@ -442,7 +443,11 @@ impl Records {
                 Record::Missing { chunks, mark } => {
                     append_or_keep(journal, &outputs)?;
                     outputs.clear();
-                    journal.append_gap(0, None, *chunks, *mark)?;
+                    // Nobody knows which stream the missing chunks were of, so neither is whole any more.
+                    let tags: &[(u8, u64)] = if tty { &[(2, *chunks)] } else { &[(0, *chunks), (1, 0)] };
+                    for (tag, chunks) in tags {
+                        journal.append_gap(*tag, None, *chunks, *mark)?;
+                    }
                 }
             }
         }
@@ -451,7 +456,7 @@ impl Records {
 }
 
 /// A disk that fails must not stop the process: its newest output stays readable from memory.
-fn append_or_keep(journal: &mut Journal, outputs: &[Append<'_>]) -> std::io::Result<()> {
+fn append_or_keep(journal: &mut Journal, outputs: &[Append<'_>]) -> Result<(), JournalError> {
     if outputs.is_empty() {
         return Ok(());
     }
@@ -460,7 +465,7 @@ fn append_or_keep(journal: &mut Journal, outputs: &[Append<'_>]) -> std::io::Res
         Err(error) => {
             journal.continue_in_memory();
             journal.append(outputs)?;
-            Err(error.into())
+            Err(error)
         }
     }
 }

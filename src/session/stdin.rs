@@ -146,7 +146,8 @@ impl Plan {
         }
         let Some(pending) = pending else {
             let piece = self.rest.slice(..self.rest.len().min(PIECE_BYTES));
-            let write = PendingWrite { id: new_id(), length: piece.len() as u64, digest: Sha256::digest(&piece).into() };
+            let write =
+                PendingWrite { id: new_id(), length: piece.len() as u64, digest: Sha256::digest(&piece).into() };
             return Ok(Some((piece, write)));
         };
         let length = usize::try_from(pending.length).unwrap_or(usize::MAX);
@@ -167,7 +168,12 @@ impl Plan {
 ///
 /// # Errors
 /// [`StdinError`].
-pub(super) async fn write(session: &Session, store: &Store, order: WriteOrder, until: Instant) -> Result<Written, StdinError> {
+pub(super) async fn write(
+    session: &Session,
+    store: &Store,
+    order: WriteOrder,
+    until: Instant,
+) -> Result<Written, StdinError> {
     let row = session.row();
     let mut plan = Plan::new(&order, row.stdin_accepted)?;
     if plan.rest.is_empty() && row.stdin_eof && order.eof {

@@ -15,7 +15,7 @@ use super::command::{Command, check_env};
 use super::process::Process;
 use super::{Call, Tool, ToolError, failure, refused, resolve};
 use crate::protocol::rest::{Content, Ran, ToolResult};
-use crate::protocol::rpc::{EnvPolicy, EnvironmentInfo, OutputStream, ProcessStart};
+use crate::protocol::rpc::{EnvPolicy, OutputStream, ProcessStart};
 use crate::relay::client::{Client, ProcessEvent};
 use crate::relay::process_tree::MARK;
 use crate::workspace::pool::Use;

@@ -14,8 +14,8 @@ use crate::support::{
     Answer, Caller, CodexExecutor, DaemonProcess, Marker, Scratch, TestGateway, Workbench, eventually,
 };
 
-/// Waits for a file called `go` after it has made one called `started`.
-const WAITING: &str = "touch started; while [ ! -e go ]; do sleep 0.02; done; echo done";
+/// Waits for a file called `go` after it has made one called `started`; not for ever, should its test be gone.
+const WAITING: &str = "touch started; for i in $(seq 3000); do [ -e go ] && exec echo done; sleep 0.02; done";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_executor_is_back_after_every_restart() {

@@ -330,12 +330,14 @@ fn unauthorized() -> ApiError {
 /// `GET /bridge/{id}` with a ticket: the executor's socket.
 pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let query = request.uri().query().unwrap_or_default();
-    let Some(ticket) = parameter(query, "token") else {
+    let (ticket, registration) = (parameter(query, "token"), parameter(query, "reg"));
+    if ticket.is_none() && registration.is_none() {
         // Harnesses show their credential in a header.
         api.corridor.auth.principal(crate::auth::bearer(request.headers())?).await?;
         return Err(ApiError::new(501, "not_implemented", "harness sockets are not served yet"));
-    };
-    let registration = parameter(query, "reg");
+    }
+    // A registration without a ticket is still an executor, to whom 401 is never said.
+    let ticket = ticket.unwrap_or_default();
     upgrade::check(request.headers())?;
     if api.draining.load(std::sync::atomic::Ordering::Relaxed) {
         return Err(ApiError::new(503, "draining", "the gateway is restarting").retry_after(1));

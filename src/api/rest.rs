@@ -146,6 +146,10 @@ fn late_failure(error: &ApiError) -> ToolResult {
 }
 
 fn parse(body: &[u8]) -> Result<ToolCall, ApiError> {
+    // serde reads a struct from an array too, member by member.
+    if body.trim_ascii_start().first() == Some(&b'[') {
+        return Err(ApiError::new(400, "bad_request", "expected an object"));
+    }
     let mut json = serde_json::Deserializer::from_slice(body);
     let call = serde_path_to_error::deserialize(&mut json)
         .map_err(|error| ApiError::new(400, "bad_request", field_error("", &error)))?;

@@ -3,14 +3,20 @@
 
 pub mod caller;
 pub mod codex;
+pub mod fake_executor;
 pub mod gateway;
+pub mod upstream;
+pub mod wire;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub use caller::{Answer, Caller};
 pub use codex::{CodexExecutor, Marker, Workbench};
-pub use gateway::{DaemonProcess, TestGateway};
+pub use fake_executor::{FakeExecutor, FakeLink, Reply};
+pub use gateway::{Credentials, DaemonProcess, TestGateway};
+pub use upstream::{Upstream, Verdict};
+pub use wire::Wire;
 
 pub const MIB: usize = 1024 * 1024;
 

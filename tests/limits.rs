@@ -18,7 +18,6 @@ async fn read_file(caller: &Caller) -> Answer {
 #[track_caller]
 fn assert_too_many_streams(answer: &Answer) {
     assert_eq!((answer.status.as_u16(), answer.code().as_str()), (429, "too_many_streams"), "{answer:?}");
-    assert!(answer.header("retry-after").unwrap().parse::<u64>().unwrap() > 0);
 }
 
 #[tokio::test]

@@ -39,7 +39,6 @@ fn assert_invalid(answer: &Answer) {
 #[track_caller]
 fn assert_unavailable(answer: &Answer) {
     assert_eq!((answer.status.as_u16(), answer.code().as_str()), (503, "auth_unavailable"), "{answer:?}");
-    assert!(answer.header("retry-after").unwrap().parse::<u64>().unwrap() > 0);
     assert!(!String::from_utf8_lossy(&answer.body).contains("127.0.0.1"), "{answer:?}");
 }
 
@@ -137,7 +136,7 @@ async fn a_validator_that_fails_in_any_way_is_no_refusal_and_is_not_remembered()
     upstream.says_to_all(None);
     upstream.go_away().await;
     assert_unavailable(&list(&caller).await);
-    upstream.come_back().await;
+    upstream.come_back();
     assert_eq!(list(&caller).await.status, 200);
 }
 
@@ -159,7 +158,7 @@ async fn a_token_once_good_is_believed_while_the_validator_fails() {
     assert_unavailable(&list(&bearing(&gateway, "another")).await);
     // The first verdict ends it.
     upstream.says_to_all(Some(Verdict::Say(401, json!({}))));
-    upstream.come_back().await;
+    upstream.come_back();
     eventually("it is refused", async || (list(&caller).await.status == 401).then_some(())).await;
 }
 

@@ -37,6 +37,7 @@ use bytes::{Bytes, BytesMut};
 
 pub use reader::JournalReader;
 use segment::{HEADER_LEN_MAX, Head, STREAMS_MAX, Segment};
+use state::Written;
 
 /// A segment is never larger than this, except for a single record that is.
 const SEGMENT_BYTES_MAX: u64 = 8 * 1024 * 1024;
@@ -337,8 +338,9 @@ impl Journal {
             (state.disk_bytes(), state.segments.back().is_none_or(Segment::is_empty))
         };
         if disk_bytes > bytes && !bare && !self.in_memory {
-            // The newest file goes only when the numbers have another place to survive in.
+            // The newest file goes only when the numbers have another place to survive in, a power failure too.
             self.rotate()?;
+            self.sync()?;
             self.drop_oldest(bytes, 1)?;
         }
         Ok(())
@@ -398,6 +400,11 @@ impl Journal {
         let share_bytes_max = self.limits.memory_bytes_max / 4;
         let runs = runs.into_iter().map(|run| run.publishable(share_bytes_max)).collect();
         self.reader.publish(runs, head, self.current.clone());
+        if !self.in_memory {
+            // With a small quota the file before this one may have to go too, but not before the numbers have another
+            // place to survive in. The batch is in, so a file that cannot be deleted is no failure of it.
+            let _ = self.drop_oldest(self.limits.spill_bytes_max, 1);
+        }
         Ok(first_seq..next_seq)
     }
 
@@ -410,7 +417,7 @@ impl Journal {
     ) -> Vec<Run> {
         let newest = self.reader.state().segments.back().map(|segment| (segment.len, segment.is_empty()));
         let (mut len, mut empty) = newest.unwrap_or((0, true));
-        // With a small quota even the newest segment may have to go; then it is not written to first.
+        // With a small quota even the newest segment may have to go; then it is not written to before.
         let crowded = len + batch_bytes + 2 * HEADER_LEN_MAX as u64 > self.limits.spill_bytes_max;
         let mut fresh = self.current.is_none() || (crowded && self.limits.full == Full::DropOldest);
         let mut runs: Vec<Run> = Vec::new();
@@ -437,10 +444,7 @@ impl Journal {
         match self.limits.full {
             Full::Refuse if self.reader.disk_bytes() > room => Err(JournalError::Full { bytes_max }),
             Full::Refuse => Ok(()),
-            Full::DropOldest => {
-                let writes_to_newest = runs.first().is_some_and(|run| run.segment.is_none());
-                Ok(self.drop_oldest(room, usize::from(writes_to_newest))?)
-            }
+            Full::DropOldest => Ok(self.drop_oldest(room, 1)?),
         }
     }
 
@@ -496,10 +500,7 @@ impl Journal {
     fn drop_oldest(&mut self, bytes: u64, keep: usize) -> io::Result<()> {
         loop {
             let dropped = self.reader.state().drop_oldest(bytes, keep);
-            let Some((first_seq, left)) = dropped else { return Ok(()) };
-            if left == 0 {
-                self.current = None;
-            }
+            let Some(first_seq) = dropped else { return Ok(()) };
             self.unsynced.retain(|unsynced| *unsynced != first_seq);
             fs::remove_file(self.path(first_seq)).or_else(none_is_fine)?;
         }
@@ -551,6 +552,7 @@ impl Run {
         let slot = head.slot_or_new(tag);
         let offset = head.streams[slot].offset;
         let record = Record { seq: head.next_seq, tag, offset, mark, bytes: Bytes::new(), gap };
+        self.buf.reserve(segment::encoded_len(bytes, gap) as usize);
         let payload = segment::encode(&mut self.buf, &record, bytes);
         head.pass(slot, mark, bytes, gap, true);
         self.records.push((slot, record, payload));
@@ -558,16 +560,16 @@ impl Run {
 
     /// The records with their bytes: slices of what was written, unless keeping one of them would keep too much alive
     /// beside it.
-    fn publishable(self, share_bytes_max: usize) -> (Option<Segment>, Vec<(usize, Record)>) {
+    fn publishable(self, share_bytes_max: usize) -> Written {
+        let share = self.buf.capacity() <= share_bytes_max;
         let buf = self.buf.freeze();
-        let share = buf.len() <= share_bytes_max;
         let records = self.records.into_iter().map(|(slot, mut record, payload)| {
             if record.gap.is_none() {
                 record.bytes = if share { buf.slice(payload) } else { Bytes::copy_from_slice(&buf[payload]) };
             }
             (slot, record)
         });
-        (self.segment, records.collect())
+        Written { segment: self.segment, records: records.collect() }
     }
 }
 

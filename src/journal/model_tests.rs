@@ -222,11 +222,11 @@ fn play(steps: Vec<Step>, memory_bytes_max: usize) -> Result<(), TestCaseError> 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn a_journal_answers_as_a_plain_list_would(
-        steps in vec(step(), 1..60),
+        steps in vec(step(), 1..40),
         memory_bytes_max in prop_oneof![Just(0usize), Just(20_000), Just(1 << 20)],
     ) {
         play(steps, memory_bytes_max)?;

@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
-use super::segment::{self, Head, Segment};
-use super::state::{Place, State};
+use super::segment::{self, Head};
+use super::state::{Place, State, Written};
 use super::{JournalError, Limits, Lost, Page, Record, Totals, open_segment, segment_path};
 
 /// Records of one page, so that one of empty records has a bound too.
@@ -144,27 +144,9 @@ impl JournalReader {
     }
 
     /// Shows readers what has been written.
-    pub(super) fn publish(
-        &self,
-        runs: Vec<(Option<Segment>, Vec<(usize, Record)>)>,
-        head: Head,
-        current: Option<Arc<File>>,
-    ) {
+    pub(super) fn publish(&self, runs: Vec<Written>, head: Head, current: Option<Arc<File>>) {
         let newest_seq = head.next_seq - 1;
-        let mut state = self.state();
-        let on_disk = current.is_some();
-        for (segment, records) in runs {
-            state.segments.extend(segment);
-            for (slot, record) in records {
-                if on_disk && let Some(segment) = state.segments.back_mut() {
-                    segment.push(slot, &record);
-                }
-                state.tail.push(slot, record);
-            }
-        }
-        state.head = head;
-        state.current = current;
-        drop(state);
+        self.state().take(runs, head, current);
         self.shared.newest_seq.store(newest_seq, Ordering::Release);
     }
 

@@ -28,6 +28,13 @@ pub(super) struct State {
     opened: VecDeque<(u64, Arc<File>)>,
 }
 
+/// What one write brought to the disk, or to memory alone: a new segment or more of the newest, and its records with
+/// the slots of their streams.
+pub(super) struct Written {
+    pub(super) segment: Option<Segment>,
+    pub(super) records: Vec<(usize, Record)>,
+}
+
 /// Where the record is that a reader wants next.
 pub(super) enum Place {
     /// Not there yet.
@@ -46,6 +53,23 @@ impl State {
     pub(super) fn new(head: Head, limits: Limits) -> Self {
         let tail = Tail::new(head.next_seq, head.offsets(), limits.memory_bytes_max);
         Self { head, segments: VecDeque::new(), tail, current: None, opened: VecDeque::new() }
+    }
+
+    /// Moves on to `head`. Without a current file the records are in memory alone.
+    pub(super) fn take(&mut self, runs: Vec<Written>, head: Head, current: Option<Arc<File>>) {
+        for Written { segment, records } in runs {
+            self.segments.extend(segment);
+            for (slot, record) in records {
+                if current.is_some()
+                    && let Some(segment) = self.segments.back_mut()
+                {
+                    segment.push(slot, &record);
+                }
+                self.tail.push(slot, record);
+            }
+        }
+        self.head = head;
+        self.current = current;
     }
 
     pub(super) fn disk_bytes(&self) -> u64 {
@@ -171,8 +195,8 @@ impl State {
     }
 
     /// Forgets the oldest segment if the files take more than `bytes` and there are more than `keep`. Returns its
-    /// first number, for its file to be deleted, and how many are left.
-    pub(super) fn drop_oldest(&mut self, bytes: u64, keep: usize) -> Option<(u64, usize)> {
+    /// first number, for its file to be deleted.
+    pub(super) fn drop_oldest(&mut self, bytes: u64, keep: usize) -> Option<u64> {
         if self.disk_bytes() <= bytes || self.segments.len() <= keep {
             return None;
         }
@@ -180,10 +204,7 @@ impl State {
         // What is counted as lost is not to be seen again from memory.
         self.tail.drop_before(dropped.next_seq);
         self.opened.retain(|(first_seq, _)| *first_seq != dropped.first_seq);
-        if self.segments.is_empty() {
-            self.current = None;
-        }
-        Some((dropped.first_seq, self.segments.len()))
+        Some(dropped.first_seq)
     }
 
     pub(super) fn has_segment(&self, first_seq: u64) -> bool {

@@ -1,6 +1,7 @@
 //! What a journal promises, one sentence each; `model_tests` has the combinations.
 
-#![allow(clippy::unwrap_used)]
+// The only lost range is a range, not the numbers in it.
+#![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
 
 use std::io::ErrorKind;
 
@@ -123,6 +124,27 @@ fn damage_in_an_old_segment_becomes_a_hole_of_known_size_and_the_digest_stays() 
     assert_eq!((total(&journal).lost_bytes, total(&journal).sha256), (40 * KIB as u64, sha256));
     let by_byte = journal.reader().page_from(0, 30 * KIB as u64, KIB).unwrap();
     assert_eq!(by_byte.lost.unwrap().resume, [(0, 60 * KIB as u64)]);
+}
+
+#[test]
+fn a_file_that_was_not_even_begun_is_dropped_and_the_one_before_goes_on() {
+    let dir = ScratchDir::new();
+    let mut journal = journal(&dir);
+    put(&mut journal, 0, &[1; 40 * KIB]).unwrap();
+    put(&mut journal, 0, &[2; 40 * KIB]).unwrap();
+    drop(journal);
+    fs::write(newest_file(&dir), b"EGWJ").unwrap();
+
+    let mut journal = Journal::open(dir.path(), limits(Full::DropOldest)).unwrap();
+    assert_eq!(put(&mut journal, 0, &[3; 40 * KIB]).unwrap(), 2..3);
+    let sha256 = Sha256::new_with_prefix([1; 40 * KIB]).chain_update([3; 40 * KIB]).finalize();
+    assert_eq!(total(&journal).sha256.unwrap()[..], sha256[..]);
+    drop(journal);
+    fs::write(dir.path().join("00000000000000000001.seg"), b"").unwrap();
+    fs::write(newest_file(&dir), b"").unwrap();
+    assert!(matches!(Journal::open(dir.path(), limits(Full::DropOldest)), Err(JournalError::Missing)));
+    Journal::remove(dir.path()).unwrap();
+    assert!(Journal::create(dir.path(), 1, limits(Full::DropOldest)).is_ok());
 }
 
 #[test]

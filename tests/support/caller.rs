@@ -37,7 +37,16 @@ impl Caller {
     }
 
     pub async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: impl Into<Bytes>) -> Answer {
-        self.try_send(method, path, headers, body).await.unwrap()
+        let answer = self.try_send(method, path, headers, body).await.unwrap();
+        // On every route of the API, whatever a test is about; operators' routes do without.
+        if path.starts_with("/api/") || path.starts_with("/cloud/") || path.starts_with("/bridge/") {
+            assert!(answer.headers.contains_key("x-request-id"), "{answer:?}");
+            if matches!(answer.status.as_u16(), 429 | 503) {
+                let seconds = answer.header("retry-after").and_then(|value| value.parse::<u32>().ok());
+                assert!(seconds.is_some_and(|seconds| seconds > 0), "{answer:?}");
+            }
+        }
+        answer
     }
 
     pub async fn try_send(

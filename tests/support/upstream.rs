@@ -14,7 +14,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::net::TcpSocket;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -34,6 +34,8 @@ pub struct Upstream {
     pub address: SocketAddr,
     shared: Arc<Shared>,
     server: JoinSet<()>,
+    /// Never listens: keeps the port from all other tests while the service is away.
+    _place: TcpSocket,
 }
 
 struct Shared {
@@ -45,15 +47,16 @@ struct Shared {
 
 impl Upstream {
     pub async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let place = bind("127.0.0.1:0".parse().unwrap());
+        let address = place.local_addr().unwrap();
         let shared = Arc::new(Shared {
             verdicts: Mutex::default(),
             to_all: Mutex::default(),
             asked: Mutex::default(),
             open: watch::Sender::new(true),
         });
-        let mut upstream = Self { address: listener.local_addr().unwrap(), shared, server: JoinSet::new() };
-        upstream.serve(listener);
+        let mut upstream = Self { address, shared, server: JoinSet::new(), _place: place };
+        upstream.come_back();
         upstream
     }
 
@@ -109,12 +112,8 @@ impl Upstream {
     }
 
     /// Listens on the same port again.
-    pub async fn come_back(&mut self) {
-        let listener = TcpListener::bind(self.address).await.unwrap();
-        self.serve(listener);
-    }
-
-    fn serve(&mut self, listener: TcpListener) {
+    pub fn come_back(&mut self) {
+        let listener = bind(self.address).listen(1024).unwrap();
         let shared = self.shared.clone();
         self.server.spawn(async move {
             let mut connections = JoinSet::new();
@@ -128,6 +127,13 @@ impl Upstream {
             }
         });
     }
+}
+
+fn bind(address: SocketAddr) -> TcpSocket {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_reuseport(true).unwrap();
+    socket.bind(address).unwrap();
+    socket
 }
 
 async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {

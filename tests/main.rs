@@ -10,6 +10,7 @@ mod links;
 mod registration;
 mod rest;
 mod restart;
+mod sessions;
 mod shell;
 mod tenancy;
 mod tokens;

@@ -182,7 +182,7 @@ impl Workbench {
 }
 
 /// A caller of workspace `w` and the credentials of its environment `box`, made at a running daemon.
-async fn workspace(state: &Scratch, daemon: &DaemonProcess) -> (Caller, Credentials) {
+pub async fn workspace(state: &Scratch, daemon: &DaemonProcess) -> (Caller, Credentials) {
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     let token = DaemonProcess::operate(state, &["token", "create", "--workspace", "w"]).await;
     let executor = DaemonProcess::operate(state, &["executor", "create", "--workspace", "w", "--name", "box"]).await;
@@ -224,7 +224,7 @@ async fn refusal(caller: &Caller) -> (u16, String) {
 }
 
 /// An address that stays free while its gateway is away: below the ports that the system hands out by itself.
-fn free_address() -> SocketAddr {
+pub fn free_address() -> SocketAddr {
     loop {
         let port = 20_000 + (uuid::Uuid::new_v4().as_u128() % 10_000) as u16;
         if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {

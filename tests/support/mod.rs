@@ -5,6 +5,7 @@ pub mod caller;
 pub mod codex;
 pub mod fake_executor;
 pub mod gateway;
+pub mod proxy;
 pub mod upstream;
 pub mod wire;
 
@@ -15,6 +16,7 @@ pub use caller::{Answer, Caller};
 pub use codex::{CodexExecutor, Marker, Workbench};
 pub use fake_executor::{FakeExecutor, FakeLink, Reply};
 pub use gateway::{Credentials, DaemonProcess, TestGateway};
+pub use proxy::Proxy;
 pub use upstream::{Upstream, Verdict};
 pub use wire::Wire;
 

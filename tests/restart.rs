@@ -50,12 +50,15 @@ async fn a_call_under_way_is_finished_before_the_gateway_stops() {
     let executor = CodexExecutor::connected(&format!("http://{}", daemon.address), &credentials, &caller, "box").await;
     let call = begin(&caller, &executor).await;
 
+    let operator = Caller::new(daemon.ops, None);
+    assert_eq!(operator.send("GET", "/readyz", &[], "").await.status, 200);
     let stopped = tokio::spawn(daemon.terminate());
     eventually("the gateway refuses new calls", async || {
         let answer = caller.tool("box", "shell", json!({ "command": ["true"] })).await;
         (answer.status == 503 && answer.code() == "draining").then_some(())
     })
     .await;
+    assert_eq!(operator.send("GET", "/readyz", &[], "").await.status, 503);
     std::fs::write(executor.home().join("go"), "").unwrap();
 
     let result = call.await.unwrap().json();

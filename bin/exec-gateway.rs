@@ -3,6 +3,8 @@
 
 #[path = "exec-gateway/args.rs"]
 mod args;
+#[path = "exec-gateway/codex.rs"]
+mod codex;
 #[path = "exec-gateway/demo.rs"]
 mod demo;
 #[path = "exec-gateway/operate.rs"]
@@ -14,6 +16,7 @@ mod show;
 #[path = "exec-gateway/table.rs"]
 mod table;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -42,7 +45,8 @@ fn main() -> ExitCode {
 fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Serve { knobs } => serve::run(valid(common, &knobs)?)?,
-        Command::Demo { once, codex, knobs } => demo::run(resolve(common, &knobs)?.config, once, codex)?,
+        // A demonstration is the same on every machine, so no variable takes part.
+        Command::Demo { once, codex, knobs } => demo::run(resolve_with(common, &knobs, Vec::new())?, once, codex)?,
         Command::Check { knobs } => return show::check(valid(common, &knobs), common.json),
         Command::Config { knobs } => show::config(&resolve(common, &knobs)?, common.json)?,
         Command::Token(command) => operate(common, command.into())?,
@@ -65,16 +69,20 @@ fn valid(common: &Common, knobs: &Knobs) -> Result<Config, ConfigFaults> {
 }
 
 fn resolve(common: &Common, knobs: &Knobs) -> Result<Resolved, ConfigFaults> {
+    resolve_with(common, knobs, std::env::vars_os().collect())
+}
+
+fn resolve_with(common: &Common, knobs: &Knobs, env: Vec<(OsString, OsString)>) -> Result<Resolved, ConfigFaults> {
     let mut flags = knobs.0.clone();
     flags.extend(common.state_dir.iter().map(|path| ("state_dir".into(), path.clone())));
-    let Some(path) = &common.config else { return Config::resolve(&flags, None, std::env::vars_os()) };
+    let Some(path) = &common.config else { return Config::resolve(&flags, None, env.into_iter()) };
     match std::fs::read_to_string(path) {
-        Ok(text) => Config::resolve(&flags, Some((path, &text)), std::env::vars_os()),
+        Ok(text) => Config::resolve(&flags, Some((path, &text)), env.into_iter()),
         Err(error) => {
             let message = format!("cannot be read: {error}");
             let mut faults = vec![Fault { place: path.display().to_string(), line: None, message, hint: None }];
             // Flags and variables are wrong with or without the file; of other faults it may be the remedy.
-            let others = Config::resolve(&flags, None, std::env::vars_os()).err().map(|ConfigFaults(faults)| faults);
+            let others = Config::resolve(&flags, None, env.into_iter()).err().map(|ConfigFaults(faults)| faults);
             let apart = |fault: &Fault| fault.place.starts_with("--") || fault.place.starts_with("EXEC_GATEWAY_");
             faults.extend(others.into_iter().flatten().filter(apart));
             Err(ConfigFaults(faults))

@@ -49,7 +49,8 @@ impl Registry {
 
     /// When a bound executor connected, if it is connected.
     pub fn connected_since(&self, binding: &Binding) -> Option<SystemTime> {
-        self.links.get(binding.executor()).map(|connected| connected.since)
+        let connected = self.links.get(binding.executor()).filter(|connected| !connected.link.is_ended())?;
+        Some(connected.since)
     }
 
     /// The link of a bound executor; one that was connected within `seen` is waited for, at most `wait`.
@@ -63,16 +64,16 @@ impl Registry {
         wait: Duration,
     ) -> Result<LinkHandle, NotConnected> {
         let mut changes = self.changes.subscribe();
-        if let Some(link) = self.link(binding) {
-            return Ok(link);
-        }
-        let lately = self.seen.get(binding.executor()).is_some_and(|at| at.elapsed() <= seen);
-        if !lately {
-            return Err(NotConnected);
+        match self.link(binding) {
+            Some(link) if !link.is_ended() => return Ok(link),
+            // It ended this moment, and its task has not given up its place yet.
+            Some(_) => {}
+            None if self.seen.get(binding.executor()).is_some_and(|at| at.elapsed() <= seen) => {}
+            None => return Err(NotConnected),
         }
         let arrival = async {
             loop {
-                if let Some(link) = self.link(binding) {
+                if let Some(link) = self.link(binding).filter(|link| !link.is_ended()) {
                     return link;
                 }
                 // The sender lives in self, so this only returns on a change.

@@ -3,4 +3,13 @@
 
 mod support;
 
+mod cli;
+mod files;
+mod limits;
+mod links;
+mod registration;
+mod rest;
+mod restart;
 mod shell;
+mod tenancy;
+mod tokens;

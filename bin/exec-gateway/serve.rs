@@ -48,7 +48,8 @@ fn ready_line(listen: &[SocketAddr], ops: SocketAddr) -> String {
     format!("exec-gateway ready listen={} ops={ops}", listen.join(","))
 }
 
-fn start_logging(level: LogLevel, format: LogFormat) {
+/// Writes log lines of this program to stderr from now on.
+pub fn start_logging(level: LogLevel, format: LogFormat) {
     let level = match level {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,
@@ -75,7 +76,11 @@ fn raise_open_files() {
     }
 }
 
-fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
+/// Ready at the first SIGTERM or SIGINT from now on.
+///
+/// # Errors
+/// The system does not let signals be listened to.
+pub fn shutdown_signal() -> std::io::Result<impl Future<Output = ()>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     Ok(async move {
         tokio::select! {

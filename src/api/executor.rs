@@ -330,12 +330,14 @@ fn unauthorized() -> ApiError {
 /// `GET /bridge/{id}` with a ticket: the executor's socket.
 pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let query = request.uri().query().unwrap_or_default();
-    let Some(ticket) = parameter(query, "token") else {
+    let (ticket, registration) = (parameter(query, "token"), parameter(query, "reg"));
+    if ticket.is_none() && registration.is_none() {
         // Harnesses show their credential in a header.
         api.corridor.auth.principal(crate::auth::bearer(request.headers())?).await?;
         return Err(ApiError::new(501, "not_implemented", "harness sockets are not served yet"));
-    };
-    let registration = parameter(query, "reg");
+    }
+    // A registration without a ticket is still an executor, to whom 401 is never said.
+    let ticket = ticket.unwrap_or_default();
     upgrade::check(request.headers())?;
     if api.draining.load(std::sync::atomic::Ordering::Relaxed) {
         return Err(ApiError::new(503, "draining", "the gateway is restarting").retry_after(1));
@@ -381,10 +383,12 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     let api = api.clone();
     api.clone().links.spawn(async move {
         let Some(socket) = socket.await else { return };
-        let _place = api.corridor.registry.attach(handle.clone());
+        let place = api.corridor.registry.attach(handle.clone());
         tracing::info!(%executor, "executor connected");
         seen(&api, &executor).await;
         let end = link::run(socket, handle, outbox).await;
+        // Before anything that waits: until then callers are given a link that has ended.
+        drop(place);
         tracing::info!(%executor, ?end, "executor disconnected");
         api.metrics.links_ended.get_or_create(&OutcomeLabel { outcome: end_label(end) }).inc();
         seen(&api, &executor).await;

@@ -12,13 +12,14 @@ use hyper::body::{Frame, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Request, Response};
 use tokio::time::{Instant, interval_at, timeout};
+use zeroize::Zeroizing;
 
 use super::error::ApiError;
 use super::{Api, json, json_line};
 use crate::auth::{Principal, bearer};
 use crate::edge::body::{self, Body};
 use crate::ops::metrics::CallLabels;
-use crate::protocol::rest::{Env, EnvList, ToolCall, ToolInfo, ToolResult};
+use crate::protocol::rest::{Env, EnvList, Ran, ToolCall, ToolInfo, ToolResult};
 use crate::time::rfc3339;
 use crate::tools::{Call, Tool};
 use crate::workspace::Workspace;
@@ -51,7 +52,9 @@ pub async fn list_environments(api: &Arc<Api>, request: Request<Incoming>) -> Re
 /// `POST …/envs/{name}/tool/call`
 pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     api.refuse_while_draining()?;
-    let principal = caller(api, &request).await?;
+    let revocations = api.corridor.auth.revocations();
+    let bearer = Zeroizing::new(bearer(request.headers())?.to_owned());
+    let principal = api.corridor.auth.principal(&bearer).await?;
     let workspace = api.workspaces.get(&principal);
     let place = workspace.begin_call()?;
     let edge = &api.config.edge;
@@ -69,7 +72,10 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
 
     let run = run(api.clone(), workspace, tool, name.to_owned(), call);
     let mut run: Pin<Box<RunningCall>> = Box::pin(async move {
-        let result = run.await;
+        let result = tokio::select! {
+            result = run => result,
+            refused = revocations.end_of(&bearer) => Err(ApiError::from(refused).with_ran(Ran::Unknown)),
+        };
         drop(place);
         result
     });
@@ -140,6 +146,10 @@ fn late_failure(error: &ApiError) -> ToolResult {
 }
 
 fn parse(body: &[u8]) -> Result<ToolCall, ApiError> {
+    // serde reads a struct from an array too, member by member.
+    if body.trim_ascii_start().first() == Some(&b'[') {
+        return Err(ApiError::new(400, "bad_request", "expected an object"));
+    }
     let mut json = serde_json::Deserializer::from_slice(body);
     let call = serde_path_to_error::deserialize(&mut json)
         .map_err(|error| ApiError::new(400, "bad_request", field_error("", &error)))?;

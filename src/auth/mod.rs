@@ -23,11 +23,12 @@ use exec_gateway_protocol::cap_token::is_cap_token;
 use exec_gateway_protocol::ids::{TokenId, TurnId, UserId, WorkspaceId};
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
+use tokio::sync::{broadcast, watch};
 
 pub use upstream::UpstreamError;
 
 use crate::config;
-use crate::store::{KeyPurpose, Store, StoreError};
+use crate::store::{KeyPurpose, Revocation, Store, StoreError};
 
 use self::cap_token::CapTokens;
 use self::executor::ExecutorAuth;
@@ -201,6 +202,16 @@ impl Auth {
         self.0.proxy_tokens.principal(bearer).await
     }
 
+    /// Watches for credentials that are taken away from now on. Made before a credential is checked, it misses nothing
+    /// that happens to it afterwards.
+    pub fn revocations(&self) -> Revocations {
+        Revocations {
+            proxy_tokens: self.0.proxy_tokens.subscribe(),
+            cap_tokens: self.0.cap_tokens.subscribe(),
+            auth: self.clone(),
+        }
+    }
+
     /// Proxy tokens.
     pub fn proxy_tokens(&self) -> &ProxyTokenAuth {
         &self.0.proxy_tokens
@@ -224,6 +235,31 @@ impl Auth {
     /// What the token caches and the validator did so far.
     pub fn counters(&self) -> &TokenCounters {
         &self.0.counters
+    }
+}
+
+/// What operators have taken away since this was made.
+pub struct Revocations {
+    proxy_tokens: watch::Receiver<u64>,
+    cap_tokens: broadcast::Receiver<Revocation>,
+    auth: Auth,
+}
+
+impl Revocations {
+    /// Returns once the credential has been taken away, with what its owner is told. A credential that expires, or
+    /// cannot be checked at the moment, was not taken away.
+    pub async fn end_of(mut self, bearer: &str) -> AuthError {
+        loop {
+            // The senders live in `auth`, so these end on news only; who missed some of it asks all the same.
+            tokio::select! {
+                _ = self.proxy_tokens.changed() => {}
+                _ = self.cap_tokens.recv() => {}
+            }
+            match self.auth.principal(bearer).await {
+                Err(refused @ (AuthError::Invalid | AuthError::Revoked)) => return refused,
+                Ok(_) | Err(AuthError::MissingBearer | AuthError::Expired | AuthError::Unavailable { .. }) => {}
+            }
+        }
     }
 }
 

@@ -63,6 +63,8 @@ struct Inner {
     positive_ttl: Duration,
     negative_ttl: Duration,
     stale: Duration,
+    /// Counts what was forgotten because operators took it away.
+    forgotten: watch::Sender<u64>,
 }
 
 /// The questions under way to one source of truth.
@@ -123,6 +125,7 @@ impl ProxyTokenAuth {
             positive_ttl,
             negative_ttl: secs(config.negative_ttl_secs),
             stale: secs(config.stale_secs).max(positive_ttl),
+            forgotten: watch::Sender::new(0),
         }))
     }
 
@@ -156,6 +159,7 @@ impl ProxyTokenAuth {
         self.0
             .positives
             .retain(|entry| !matches!(entry.principal.credential(), CredentialId::Token(id) if id == token));
+        self.0.forgotten.send_modify(|count| *count += 1);
     }
 
     /// Forgets all tokens, good and refused; checks under way are made again.
@@ -164,6 +168,12 @@ impl ProxyTokenAuth {
         self.0.foreign.generation.fetch_add(1, SeqCst);
         self.0.positives.retain(|_| false);
         self.0.negatives.retain(|_| false);
+        self.0.forgotten.send_modify(|count| *count += 1);
+    }
+
+    /// Announces from now on that tokens were forgotten.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.0.forgotten.subscribe()
     }
 }
 

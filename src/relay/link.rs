@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::time::{Instant, timeout};
 use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
@@ -240,6 +241,11 @@ impl LinkHandle {
         Ok(StreamHandle::new(id, route, self.clone(), receiver))
     }
 
+    /// Whether the link has ended or is about to: no stream should be opened on it.
+    pub fn is_ended(&self) -> bool {
+        self.0.stop.is_cancelled()
+    }
+
     /// Whether the executor answers a ping within `wait`.
     pub async fn answers(&self, wait: Duration) -> bool {
         let mut pongs = self.0.pongs.subscribe();
@@ -351,9 +357,13 @@ where
             Ok(Message::Pong(_)) => link.0.pongs.send_modify(|count| *count += 1),
             Ok(Message::Ping(_) | Message::Frame(_)) => {}
             Ok(Message::Close(_)) => return LinkEnd::Peer,
-            Err(SocketError::ConnectionClosed | SocketError::AlreadyClosed | SocketError::Io(_)) => {
-                return LinkEnd::Peer;
-            }
+            // A killed executor says no farewell.
+            Err(
+                SocketError::ConnectionClosed
+                | SocketError::AlreadyClosed
+                | SocketError::Io(_)
+                | SocketError::Protocol(ProtocolError::ResetWithoutClosingHandshake),
+            ) => return LinkEnd::Peer,
             Err(error) => {
                 tracing::warn!(executor = %link.executor(), %error, "executor socket failed");
                 return LinkEnd::Failed;

@@ -18,7 +18,7 @@ pub enum StreamEnd {
     Reset,
 }
 
-/// One conversation over a link; made only by [`LinkHandle::open_stream`].
+/// One conversation over a link; made only by `LinkHandle::open_stream`.
 #[derive(Debug)]
 pub struct StreamHandle {
     id: StreamId,

@@ -148,6 +148,8 @@ impl Call {
     fn arguments<T: DeserializeOwned>(&mut self) -> Result<T, ToolError> {
         let arguments = match self.arguments.take() {
             Value::Null => Value::Object(serde_json::Map::new()),
+            // serde reads a struct from an array too, member by member.
+            Value::Array(_) => return Err(ToolError::Arguments("arguments: expected an object".into())),
             arguments => arguments,
         };
         serde_path_to_error::deserialize(arguments).map_err(|error| {

@@ -14,7 +14,8 @@ use crate::protocol::rpc::{EnvInherit, EnvPolicy, ProcessStart, ProcessTerminate
 use crate::relay::client::{CallError, Client, ProcessEvent};
 
 /// The variable that marks a command and all it starts; its value is the process id on the wire, known to nobody else.
-pub(super) const MARK: &str = "EXEC_GATEWAY_PROCESS";
+/// Outside of `EXEC_GATEWAY_`, where this program refuses what it does not know when it is such a command itself.
+pub(super) const MARK: &str = "EXECGW_PROCESS";
 
 /// How long the search for left-over processes may take.
 const SWEEP_WAIT: Duration = Duration::from_secs(5);

@@ -7,10 +7,12 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::open_file::OpenFile;
-use super::{Call, Tool, ToolError, failure, refused, resolve};
+use super::{Call, Tool, ToolError, coded_failure, failure, refused, resolve};
 use crate::protocol::path::FileUri;
 use crate::protocol::rest::ToolResult;
-use crate::protocol::rpc::{BLOCK_BYTES_MAX, Base64Bytes, FsCreateDirectory, FsWriteFile, OpenMode};
+use crate::protocol::rpc::{
+    BLOCK_BYTES_MAX, Base64Bytes, FsCreateDirectory, FsGetMetadata, FsWriteFile, NOT_FOUND, OpenMode,
+};
 use crate::relay::client::{CallError, Client};
 use crate::workspace::pool::Use;
 
@@ -39,6 +41,14 @@ pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
     let writing = async {
         let client = call.client(Use::Files, deadline).await?;
         let uri = resolve(client.environment(), "path", &path)?;
+        // Opening a pipe or a device could hold up the whole stream at the executor.
+        match refused(client.call(&FsGetMetadata { path: uri.clone() }).await)? {
+            Ok(metadata) if !metadata.is_file => {
+                return Ok(coded_failure("not_a_file", format!("write_file failed: {path} is not a regular file")));
+            }
+            Err(error) if error.code != NOT_FOUND => return Ok(failure(Tool::WriteFile, &error)),
+            Ok(_) | Err(_) => {}
+        }
         if create_parents && let Some(parent) = uri.parent() {
             let made = client.call(&FsCreateDirectory { path: parent, recursive: true }).await;
             if let Err(error) = refused(made)? {

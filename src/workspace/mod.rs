@@ -169,16 +169,18 @@ impl Workspace {
         if right.workspace() != &self.id || binding.workspace() != &self.id {
             return Err(ReachError::Refused(CapTokenRefused::Revoked));
         }
-        let link = &self.corridor.link;
-        let found = self.corridor.registry.link_soon(
-            binding,
-            Duration::from_secs(link.executor_seen_secs),
-            Duration::from_secs(link.executor_wait_secs),
-        );
-        let link = found.await.map_err(|_| ReachError::NotConnected(binding.name().to_string()))?;
-        link.open_stream(&self.id).map_err(|error| match error {
-            OpenError::Disconnected => ReachError::NotConnected(binding.name().to_string()),
-            OpenError::TooManyStreams | OpenError::Taken => ReachError::TooManyStreams,
-        })
+        let settings = &self.corridor.link;
+        let seen = Duration::from_secs(settings.executor_seen_secs);
+        let wait = Duration::from_secs(settings.executor_wait_secs);
+        loop {
+            let found = self.corridor.registry.link_soon(binding, seen, wait).await;
+            let link = found.map_err(|_| ReachError::NotConnected(binding.name().to_string()))?;
+            match link.open_stream(&self.id) {
+                Ok(stream) => return Ok(stream),
+                // The link ended between the two: its successor is waited for like any other.
+                Err(OpenError::Disconnected) => {}
+                Err(OpenError::TooManyStreams | OpenError::Taken) => return Err(ReachError::TooManyStreams),
+            }
+        }
     }
 }

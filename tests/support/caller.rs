@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE};
-use hyper::{HeaderMap, Request, StatusCode};
+use hyper::{HeaderMap, Request, Response, StatusCode};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -18,6 +19,9 @@ pub struct Caller {
     pub address: SocketAddr,
     pub token: Option<String>,
 }
+
+/// Why there is no answer.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// A whole answer.
 #[derive(Debug)]
@@ -42,7 +46,22 @@ impl Caller {
         path: &str,
         headers: &[(&str, &str)],
         body: impl Into<Bytes>,
-    ) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
+    ) -> Result<Answer, Failure> {
+        Answer::whole(self.request(method, path, headers, body).await?).await
+    }
+
+    /// A request whose answer has begun; dropping it hangs up.
+    pub async fn open(&self, method: &str, path: &str, body: impl Into<Bytes>) -> Response<Incoming> {
+        self.request(method, path, &[], body).await.unwrap()
+    }
+
+    async fn request(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> Result<Response<Incoming>, Failure> {
         let mut request = Request::builder().method(method).uri(format!("http://{}{path}", self.address));
         if let Some(token) = &self.token {
             request = request.header(AUTHORIZATION, format!("Bearer {token}"));
@@ -50,9 +69,7 @@ impl Caller {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let response = self.client.request(request.body(Full::new(body.into()))?).await?;
-        let (head, body) = response.into_parts();
-        Ok(Answer { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes() })
+        Ok(self.client.request(request.body(Full::new(body.into()))?).await?)
     }
 
     pub async fn post(&self, path: &str, body: Value) -> Answer {
@@ -86,6 +103,12 @@ impl Caller {
 }
 
 impl Answer {
+    /// Reads an answer to its end.
+    pub async fn whole(response: Response<Incoming>) -> Result<Self, Failure> {
+        let (head, body) = response.into_parts();
+        Ok(Self { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes() })
+    }
+
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }

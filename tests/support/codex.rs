@@ -1,12 +1,14 @@
 //! The real executor: `codex exec-server --remote` of the pinned version, unmodified.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use exec_gateway::config::Config;
+use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
 
-use super::gateway::Credentials;
+use super::gateway::{Credentials, TestGateway};
 use super::{Caller, Scratch, eventually};
 
 /// One executor process with a home of its own.
@@ -26,9 +28,15 @@ pub fn program() -> PathBuf {
 impl CodexExecutor {
     /// Starts an executor that registers at the gateway of this base URL.
     pub async fn start(url: &str, credentials: &Credentials) -> Self {
+        Self::start_with(url, credentials, |_, _| {}).await
+    }
+
+    /// Starts an executor whose command line, variables or directory are changed before; the path is its home.
+    pub async fn start_with(url: &str, credentials: &Credentials, change: impl FnOnce(&mut Command, &Path)) -> Self {
         let home = Scratch::new();
+        let mut command = Command::new(program());
         // Its own process group: the launcher has a native child, and both must end with the test.
-        let mut child = Command::new(program())
+        command
             .args(["exec-server", "--remote", url, "--environment-id", &credentials.executor])
             .arg("--registration-bearer-stdin")
             .env_clear()
@@ -41,9 +49,9 @@ impl CodexExecutor {
             .stdout(Stdio::null())
             .stderr(if std::env::var_os("EXECUTOR_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
             .process_group(0)
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
+            .kill_on_drop(true);
+        change(&mut command, home.path());
+        let mut child = command.spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
         stdin.write_all(format!("{}\n", credentials.token).as_bytes()).await.unwrap();
         Self { child, home }
@@ -52,11 +60,16 @@ impl CodexExecutor {
     /// Starts an executor and waits until the caller sees it.
     pub async fn connected(url: &str, credentials: &Credentials, caller: &Caller, name: &str) -> Self {
         let executor = Self::start(url, credentials).await;
+        executor.seen_by(caller, name).await;
+        executor
+    }
+
+    /// Waits until the caller sees the executor under that name.
+    pub async fn seen_by(&self, caller: &Caller, name: &str) {
         eventually("the executor connects", async || {
             caller.environments().await.iter().any(|env| env == name).then_some(())
         })
         .await;
-        executor
     }
 
     /// The process id of the launcher, which is that of the process group.
@@ -64,8 +77,8 @@ impl CodexExecutor {
         self.child.id().expect("the executor runs")
     }
 
-    /// Its working directory and home.
-    pub fn home(&self) -> &std::path::Path {
+    /// Its home, and its working directory unless it was started elsewhere.
+    pub fn home(&self) -> &Path {
         self.home.path()
     }
 
@@ -85,5 +98,87 @@ impl CodexExecutor {
 impl Drop for CodexExecutor {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// A gateway, a caller of workspace `w`, and a real executor connected under the name `box`.
+pub struct Workbench {
+    pub caller: Caller,
+    pub executor: CodexExecutor,
+    pub credentials: Credentials,
+    pub gateway: TestGateway,
+}
+
+impl Workbench {
+    pub async fn start() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    /// On a gateway with a changed configuration.
+    pub async fn with(change: impl FnOnce(&mut Config)) -> Self {
+        Self::of(change, |_, _| {}).await
+    }
+
+    /// With both a changed configuration and a changed executor, as in [`CodexExecutor::start_with`].
+    pub async fn of(change: impl FnOnce(&mut Config), executor: impl FnOnce(&mut Command, &Path)) -> Self {
+        let gateway = TestGateway::with(change).await;
+        let caller = gateway.caller("w").await;
+        let credentials = gateway.executor("w", "box").await;
+        let executor = CodexExecutor::start_with(&gateway.url(), &credentials, executor).await;
+        executor.seen_by(&caller, "box").await;
+        Self { caller, executor, credentials, gateway }
+    }
+
+    /// A shell command's structured result.
+    pub async fn shell(&self, arguments: Value) -> Value {
+        self.caller.shell("box", arguments).await
+    }
+
+    /// A file in the executor's home.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.executor.home().join(name)
+    }
+}
+
+/// A number of seconds that no other command sleeps: by it a test finds its own processes on this machine.
+pub struct Marker(String);
+
+impl Marker {
+    pub fn new() -> Self {
+        Self(format!("600.{}", uuid::Uuid::new_v4().as_u128() % 1_000_000_000_000))
+    }
+
+    /// The processes with the number in their arguments.
+    pub fn processes(&self) -> Vec<u32> {
+        let entries = std::fs::read_dir("/proc").unwrap().flatten();
+        let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let marked = |id: &u32| {
+            // A process that has ended meanwhile has no arguments.
+            let arguments = std::fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&arguments).contains(&self.0)
+        };
+        ids.filter(marked).collect()
+    }
+
+    /// Waits until exactly so many such processes are there.
+    pub async fn is_on(&self, processes: usize) {
+        eventually(&format!("{processes} processes with {}", self.0), async || {
+            (self.processes().len() == processes).then_some(())
+        })
+        .await;
+    }
+}
+
+impl std::fmt::Display for Marker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Drop for Marker {
+    fn drop(&mut self) {
+        for id in self.processes() {
+            let _ = std::process::Command::new("kill").args(["-KILL", &id.to_string()]).status();
+        }
     }
 }

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use exec_gateway::admin::{Request, Response};
 use exec_gateway::config::Config;
 use exec_gateway::gateway::Gateway;
-use exec_gateway::protocol::ids::{EnvironmentName, WorkspaceId};
+use exec_gateway::protocol::ids::{EnvironmentName, TokenId, WorkspaceId};
+use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
@@ -60,10 +61,15 @@ impl TestGateway {
 
     /// A caller with a fresh token of the workspace.
     pub async fn caller(&self, workspace: &str) -> Caller {
+        self.caller_and_token(workspace).await.0
+    }
+
+    /// The same with the token's public id, by which operators revoke it.
+    pub async fn caller_and_token(&self, workspace: &str) -> (Caller, TokenId) {
         let workspace = WorkspaceId::new(workspace).unwrap();
         let request = Request::TokenCreate { workspace, user: None, ttl: None, read_only: false };
-        let Response::Token { token, .. } = self.admin(request).await else { panic!("no token") };
-        Caller::new(self.address(), Some(token.expose().to_owned()))
+        let Response::Token { id, token, .. } = self.admin(request).await else { panic!("no token") };
+        (Caller::new(self.address(), Some(token.expose().to_owned())), id)
     }
 
     /// A caller without a token.
@@ -123,6 +129,15 @@ impl DaemonProcess {
             field.parse().unwrap()
         };
         Self { child, address: field("listen="), ops: field("ops=") }
+    }
+
+    /// An operator's command on the daemon of this state, as its command line carries it out.
+    pub async fn operate(state: &Scratch, arguments: &[&str]) -> Value {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exec-gateway"));
+        command.args(arguments).args(["--json", "--state-dir", state.path().to_str().unwrap()]);
+        let output = command.output().await.unwrap();
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// Asks the daemon to stop; gives its exit code.

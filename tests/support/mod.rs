@@ -3,14 +3,20 @@
 
 pub mod caller;
 pub mod codex;
+pub mod fake_executor;
 pub mod gateway;
+pub mod upstream;
+pub mod wire;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub use caller::{Answer, Caller};
-pub use codex::CodexExecutor;
-pub use gateway::{DaemonProcess, TestGateway};
+pub use codex::{CodexExecutor, Marker, Workbench};
+pub use fake_executor::{FakeExecutor, FakeLink, Reply};
+pub use gateway::{Credentials, DaemonProcess, TestGateway};
+pub use upstream::{Upstream, Verdict};
+pub use wire::Wire;
 
 pub const MIB: usize = 1024 * 1024;
 
@@ -28,6 +34,20 @@ pub async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Optio
         }
     });
     waited.await.unwrap_or_else(|_| panic!("not within {PATIENCE:?}: {what}"))
+}
+
+/// Bytes of every kind that look like noise and are the same for the same seed (SplitMix64).
+pub fn noise(mut seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = seed;
+        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bytes.extend_from_slice(&(word ^ (word >> 31)).to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
 }
 
 /// A directory of this test alone, removed with the value.

@@ -1,0 +1,31 @@
+# What a developer runs. The tests drive the real executor, which npm installs below tests/support.
+
+EXECUTOR := tests/support/node_modules/.package-lock.json
+
+# Names the first of the programs $(1) that is missing, in one line.
+need = @for program in $(1); do command -v "$$program" >/dev/null 2>&1 || \
+	{ echo "missing: $$program; this target needs $(1)" >&2; exit 1; }; done
+
+.PHONY: demo test check bench tools-of-test
+
+demo:
+	$(call need,cargo cc)
+	cargo run --release --bin exec-gateway -- demo
+
+test: tools-of-test $(EXECUTOR)
+	cargo test --workspace
+
+check:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+bench:
+	$(call need,cargo cc)
+	cargo bench
+
+tools-of-test:
+	$(call need,cargo cc make npm)
+
+$(EXECUTOR): tests/support/package-lock.json tests/support/package.json | tools-of-test
+	cd tests/support && npm ci
+	@touch $@

@@ -1,0 +1,234 @@
+//! Gateways that stop and start, executors that come and go, and operators who change their minds, on the real
+//! executor.
+
+use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
+
+use exec_gateway::admin::{Request, Response};
+use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, TurnId, WorkspaceId};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+use crate::support::gateway::Credentials;
+use crate::support::{
+    Answer, Caller, CodexExecutor, DaemonProcess, Marker, Scratch, TestGateway, Workbench, eventually,
+};
+
+/// Waits for a file called `go` after it has made one called `started`.
+const WAITING: &str = "touch started; while [ ! -e go ]; do sleep 0.02; done; echo done";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_executor_is_back_after_every_restart() {
+    let state = Scratch::new();
+    let address = free_address();
+    let mut daemon = DaemonProcess::start(&state, address, &[]).await;
+    let (caller, credentials) = workspace(&state, &daemon).await;
+    let mut executor = CodexExecutor::connected(&format!("http://{address}"), &credentials, &caller, "box").await;
+    let pid = executor.pid();
+    // Commands are children of the native executor, not of its launcher: its id tells whether it is the same process.
+    let native = native_executor(&caller).await;
+
+    for restart in 0..4 {
+        if restart % 2 == 0 {
+            assert_eq!(daemon.terminate().await, Some(0));
+        } else {
+            daemon.kill().await;
+        }
+        daemon = DaemonProcess::start(&state, address, &[]).await;
+
+        // At once: the executor is on its way back, and the call waits for it.
+        assert_eq!(native_executor(&caller).await, native, "restart {restart}");
+        assert_eq!((executor.pid(), executor.is_running()), (pid, true));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_under_way_is_finished_before_the_gateway_stops() {
+    let state = Scratch::new();
+    let daemon = DaemonProcess::start(&state, "127.0.0.1:0".parse().unwrap(), &[]).await;
+    let (caller, credentials) = workspace(&state, &daemon).await;
+    let executor = CodexExecutor::connected(&format!("http://{}", daemon.address), &credentials, &caller, "box").await;
+    let call = begin(&caller, &executor).await;
+
+    let stopped = tokio::spawn(daemon.terminate());
+    eventually("the gateway refuses new calls", async || {
+        let answer = caller.tool("box", "shell", json!({ "command": ["true"] })).await;
+        (answer.status == 503 && answer.code() == "draining").then_some(())
+    })
+    .await;
+    std::fs::write(executor.home().join("go"), "").unwrap();
+
+    let result = call.await.unwrap().json();
+    assert_eq!(result["structuredContent"]["stdout"], "done\n");
+    assert_eq!(stopped.await.unwrap(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_whose_executor_dies_ends_at_once_and_the_next_one_works() {
+    let bench = Workbench::start().await;
+    let call = begin(&bench.caller, &bench.executor).await;
+
+    bench.executor.kill();
+
+    assert_is_cut(call).await;
+    // Lets the command end, which has outlived its executor.
+    std::fs::write(bench.file("go"), "").unwrap();
+
+    let _executor = CodexExecutor::start(&bench.gateway.url(), &bench.credentials).await;
+    assert_eq!(bench.shell(json!({ "command": ["echo", "back"] })).await["stdout"], "back\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_whose_executor_dies_after_the_first_space_tells_so_in_its_result() {
+    let bench = Workbench::with(|config| config.tools.keepalive_after_secs = 1).await;
+    let marker = Marker::new();
+    let sleep = json!({ "tool": "shell", "arguments": { "command": ["sleep", marker.to_string()] } });
+    let answer = bench.caller.open("POST", "/api/connectors/envs/box/tool/call", sleep.to_string()).await;
+
+    bench.executor.kill();
+
+    let result = Answer::whole(answer).await.unwrap().json();
+    assert_eq!(result["isError"], true);
+    assert_eq!(result["structuredContent"], json!({ "code": "executor_unreachable", "ran": "unknown" }));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_to_an_executor_that_never_connected_is_refused_at_once() {
+    // A wait would be longer than the call may take, and would show as another code.
+    let gateway = TestGateway::with(|config| config.tools.timeout_secs = 1).await;
+    let caller = gateway.caller("w").await;
+    gateway.executor("w", "box").await;
+
+    let answer = caller.tool("box", "shell", json!({ "command": ["true"] })).await;
+
+    assert_eq!((answer.status.as_u16(), answer.code().as_str()), (503, "executor_not_connected"));
+    assert!(answer.header("retry-after").unwrap().parse::<u64>().unwrap() > 0, "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unbinding_ends_the_calls_of_that_workspace_alone() {
+    let bench = Workbench::start().await;
+    let (workspace, name) = (WorkspaceId::new("other").unwrap(), EnvironmentName::new("shared").unwrap());
+    let executor = bench.executor_id();
+    bench.gateway.admin(Request::ExecutorBind { executor, workspace, name, default: false }).await;
+    let neighbour = bench.gateway.caller("other").await;
+    let call = begin(&bench.caller, &bench.executor).await;
+    let neighbours = begin_as(&neighbour, "shared", &bench.executor, "neighbour").await;
+
+    let workspace = WorkspaceId::new("w").unwrap();
+    bench.gateway.admin(Request::ExecutorUnbind { executor: bench.executor_id(), workspace }).await;
+
+    assert_is_cut(call).await;
+    assert_eq!(refusal(&bench.caller).await, (404, "env_not_found".into()));
+    std::fs::write(bench.file("go"), "").unwrap();
+    assert_eq!(neighbours.await.unwrap().json()["structuredContent"]["stdout"], "done\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deleting_an_executor_ends_its_calls_and_the_executor() {
+    let mut bench = Workbench::start().await;
+    let call = begin(&bench.caller, &bench.executor).await;
+
+    bench.gateway.admin(Request::ExecutorDelete { executor: bench.executor_id() }).await;
+
+    assert_is_cut(call).await;
+    assert_eq!(refusal(&bench.caller).await, (404, "env_not_found".into()));
+    eventually("the executor ends by itself", async || (!bench.executor.is_running()).then_some(())).await;
+    std::fs::write(bench.file("go"), "").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn revoking_a_token_ends_its_calls_alone() {
+    let bench = Workbench::start().await;
+    let (leaver, id) = bench.gateway.caller_and_token("w").await;
+    revoking_ends_calls(&bench, leaver, Request::TokenRevoke { id }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn revoking_a_turn_ends_its_calls_alone() {
+    let bench = Workbench::start().await;
+    let (turn, ttl) = (TurnId::new("turn-1").unwrap(), Duration::from_secs(3600));
+    let workspace = WorkspaceId::new("w").unwrap();
+    let mint = Request::CapToken { workspace, turn: Some(turn.clone()), user: None, ttl };
+    let Response::CapToken { token } = bench.gateway.admin(mint).await else { panic!("no cap-token") };
+    let leaver = Caller::new(bench.gateway.address(), Some(token.expose().to_owned()));
+    revoking_ends_calls(&bench, leaver, Request::RevokeTurn { turn }).await;
+}
+
+/// Takes the right of one of two callers of the same workspace away, while both have a call under way.
+async fn revoking_ends_calls(bench: &Workbench, leaver: Caller, revoke: Request) {
+    let marker = Marker::new();
+    let sleep = json!({ "command": ["sleep", marker.to_string()] });
+    let left = leaver.clone();
+    let call = tokio::spawn(async move { left.tool("box", "shell", sleep).await });
+    marker.is_on(1).await;
+    let others = begin(&bench.caller, &bench.executor).await;
+
+    bench.gateway.admin(revoke).await;
+
+    let answer = call.await.unwrap();
+    assert_eq!((answer.status.as_u16(), answer.code().as_str()), (401, "invalid_token"));
+    assert_eq!(answer.json()["error"]["ran"], "unknown");
+    marker.is_on(0).await;
+    assert_eq!(refusal(&leaver).await, (401, "invalid_token".into()));
+    std::fs::write(bench.file("go"), "").unwrap();
+    assert_eq!(others.await.unwrap().json()["structuredContent"]["stdout"], "done\n");
+}
+
+impl Workbench {
+    fn executor_id(&self) -> ExecutorId {
+        ExecutorId::new(&self.credentials.executor).unwrap()
+    }
+}
+
+/// A caller of workspace `w` and the credentials of its environment `box`, made at a running daemon.
+async fn workspace(state: &Scratch, daemon: &DaemonProcess) -> (Caller, Credentials) {
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let token = DaemonProcess::operate(state, &["token", "create", "--workspace", "w"]).await;
+    let executor = DaemonProcess::operate(state, &["executor", "create", "--workspace", "w", "--name", "box"]).await;
+    let credentials = Credentials { executor: text(&executor["exe_id"]), token: text(&executor["token"]) };
+    (Caller::new(daemon.address, Some(text(&token["token"]))), credentials)
+}
+
+/// The process id of the native executor.
+async fn native_executor(caller: &Caller) -> String {
+    let result = caller.shell("box", json!({ "command": "echo $PPID" })).await;
+    result["stdout"].as_str().unwrap().to_owned()
+}
+
+/// A call that runs until there is a file called `go`.
+async fn begin(caller: &Caller, executor: &CodexExecutor) -> JoinHandle<Answer> {
+    begin_as(caller, "box", executor, "started").await
+}
+
+/// The same with a name of its own for the file that says that it runs.
+async fn begin_as(caller: &Caller, environment: &str, executor: &CodexExecutor, started: &str) -> JoinHandle<Answer> {
+    let (caller, environment) = (caller.clone(), environment.to_owned());
+    let arguments = json!({ "command": WAITING.replace("started", started) });
+    let call = tokio::spawn(async move { caller.tool(&environment, "shell", arguments).await });
+    let started = executor.home().join(started);
+    eventually("the call runs", async || started.exists().then_some(())).await;
+    call
+}
+
+/// The call has ended before its command, and says so.
+async fn assert_is_cut(call: JoinHandle<Answer>) {
+    let answer = call.await.unwrap();
+    assert_eq!((answer.status.as_u16(), answer.code().as_str()), (502, "executor_unreachable"));
+    assert_eq!(answer.json()["error"]["ran"], "unknown");
+}
+
+async fn refusal(caller: &Caller) -> (u16, String) {
+    let answer = caller.tool("box", "shell", json!({ "command": ["true"] })).await;
+    (answer.status.as_u16(), answer.code())
+}
+
+/// An address that stays free while its gateway is away: below the ports that the system hands out by itself.
+fn free_address() -> SocketAddr {
+    loop {
+        let port = 20_000 + (uuid::Uuid::new_v4().as_u128() % 10_000) as u16;
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
+            return listener.local_addr().unwrap();
+        }
+    }
+}

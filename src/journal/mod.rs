@@ -385,7 +385,12 @@ impl Journal {
         if bytes > bytes_max {
             return Err(JournalError::TooLarge { bytes, bytes_max });
         }
-        if batch.clone().any(|(append, _)| head.slot_or_new(append.tag) >= STREAMS_MAX) {
+        // Counted apart from `head`: a header written halfway through must not name streams that begin after it.
+        let mut new_tags: Vec<u8> =
+            batch.clone().map(|(append, _)| append.tag).filter(|tag| head.slot(*tag).is_none()).collect();
+        new_tags.sort_unstable();
+        new_tags.dedup();
+        if head.streams.len() + new_tags.len() > STREAMS_MAX {
             return Err(JournalError::TooManyStreams);
         }
         if bytes == 0 {

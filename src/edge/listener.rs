@@ -5,13 +5,14 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http_body_util::BodyExt;
-use hyper::body::Incoming;
+use bytes::Bytes;
+use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
@@ -101,14 +102,7 @@ where
                 let answer = service(request);
                 async move {
                     let answer = answer.await;
-                    Ok::<_, Infallible>(answer.map(|body| {
-                        // The connection is busy until the last byte of the body was taken.
-                        body.map_frame(move |frame| {
-                            let _ = &busy;
-                            frame
-                        })
-                        .boxed_unsync()
-                    }))
+                    Ok::<_, Infallible>(answer.map(|body| BusyBody { body, _busy: busy }))
                 }
             })
         };
@@ -190,6 +184,33 @@ impl Activity {
                 _ = deadline.changed() => {}
             }
         }
+    }
+}
+
+/// An answer's body: the connection is busy until its last byte was taken. It keeps the body's size, so that whole
+/// answers have a length.
+struct BusyBody {
+    body: Body,
+    _busy: Busy,
+}
+
+impl hyper::body::Body for BusyBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

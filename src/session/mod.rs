@@ -328,21 +328,25 @@ impl Sessions {
         });
         for row in rows {
             let id = row.id.clone();
-            if let Err(error) = sessions.take_up(row) {
+            if let Err(error) = sessions.take_up(row).await {
                 tracing::error!(session = %id, %error, "a session could not be taken up");
             }
         }
         Ok(sessions)
     }
 
-    fn take_up(self: &Arc<Self>, row: SessionRow) -> Result<(), SessionError> {
+    async fn take_up(self: &Arc<Self>, row: SessionRow) -> Result<(), SessionError> {
         let request = serde_json::from_str(&row.request).map_err(|error| JournalError::Disk(error.into()))?;
-        let path = self.directory_of(&row.id);
-        let journal = match Journal::open(&path, self.limits()) {
-            // Reserved, and the gateway was gone before there was output.
-            Err(JournalError::Missing) => Journal::create(&path, FIRST_SEQ, self.limits())?,
-            journal => journal?,
-        };
+        let (path, limits) = (self.directory_of(&row.id), self.limits());
+        let opened = tokio::task::spawn_blocking(move || match Journal::open(&path, limits) {
+            // Reserved, and the gateway was gone before there was output; or nothing usable is left.
+            Err(JournalError::Missing) => {
+                Journal::remove(&path)?;
+                Journal::create(&path, FIRST_SEQ, limits)
+            }
+            journal => journal,
+        });
+        let journal = opened.await.map_err(|error| JournalError::Disk(std::io::Error::other(error)))??;
         self.enter(row, request, journal, None);
         Ok(())
     }

@@ -11,6 +11,7 @@
 //! loss the task knows what it has and asks for the rest. Writing to the process and ending it are not done here:
 //! they use the conversation that this task publishes.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -39,8 +40,8 @@ const SYNC_EVERY: Duration = Duration::from_secs(1);
 /// Events journalled in one write.
 const BATCH_EVENTS: usize = 128;
 
-/// Live events kept aside while the executor's ring is read after a loss; each carries at most 8 KiB.
-const ASIDE_EVENTS_MAX: usize = 8192;
+/// Live events kept while the executor's ring is read; each carries at most 8 KiB.
+const EARLY_EVENTS_MAX: usize = 8192;
 
 /// Runs the program with a FIFO as its stdin, filled from base64 lines until a line with a single dot: executors
 /// cannot close the stdin of a process (profiles-and-sandbox.md §1.1). Ends with the program's exit code.
@@ -94,8 +95,17 @@ struct Task {
     binding: Option<Binding>,
     /// The executor's newest number that the journal has.
     mark: u64,
+    /// Events by their number that wait for one before them: the executor tells output and errors from different places,
+    /// so the order of arrival is not quite that of the numbers.
+    early: BTreeMap<u64, Event>,
     exit_code: Option<i32>,
     deadline: Option<Instant>,
+}
+
+enum Event {
+    Output { stream: OutputStream, bytes: Vec<u8> },
+    Exited { code: i32 },
+    Closed,
 }
 
 /// Runs until the session is over or the gateway stops; in the second case the process lives on at its executor and
@@ -106,7 +116,16 @@ pub(super) async fn run(sessions: Arc<Sessions>, session: Arc<Session>, journal:
     let timeout = session.request.timeout_ms.map(Duration::from_millis);
     let age = session.created_at.elapsed().unwrap_or_default();
     let deadline = timeout.map(|timeout| Instant::now() + timeout.saturating_sub(age));
-    let mut task = Task { sessions, session, journal: Some(journal), binding, mark, exit_code: None, deadline };
+    let mut task = Task {
+        sessions,
+        session,
+        journal: Some(journal),
+        binding,
+        mark,
+        early: BTreeMap::new(),
+        exit_code: None,
+        deadline,
+    };
     tokio::select! {
         () = task.drive() => {}
         () = stop.cancelled() => {}
@@ -186,10 +205,10 @@ impl Task {
     async fn converse(&mut self, client: &Client) -> Outcome {
         let process = self.session.row().process;
         let (_events, mut events) = client.subscribe_queue(&process);
-        let mut aside = Vec::new();
+        self.early.clear();
         if self.session.row().state == SessionState::Starting {
             let start = start_request(&self.session, client.environment(), &self.sessions.env_exclude);
-            match while_waiting(&mut events, &mut aside, client.call(&start)).await {
+            match self.while_waiting(&mut events, client.call(&start)).await {
                 Ok(_) => {}
                 // It was sent before the link was lost, and had arrived.
                 Err(CallError::Rpc(refusal)) if refusal.message.contains("already exists") => {}
@@ -206,19 +225,10 @@ impl Task {
             }
             self.session.publish(self.newest());
         }
-        let read = ProcessRead { process_id: process, after_seq: Some(self.mark), max_bytes: None, wait_ms: Some(0) };
-        let page = match while_waiting(&mut events, &mut aside, client.call(&read)).await {
-            Ok(page) => page,
-            Err(CallError::Rpc(refusal)) => {
-                self.finish(SessionState::Lost, Some(refusal.message)).await;
-                return Outcome::Over;
-            }
-            Err(_) => return Outcome::Lost,
-        };
-        self.session.client.send_replace(Some(client.clone()));
-        if self.catch_up(page).await || self.take_in(aside).await {
-            return Outcome::Over;
+        if let Some(outcome) = self.read_ring(client, &mut events).await {
+            return outcome;
         }
+        self.session.client.send_replace(Some(client.clone()));
         self.live(client, &mut events).await
     }
 
@@ -230,12 +240,16 @@ impl Task {
             tokio::select! {
                 event = events.recv() => {
                     let Some(event) = event else { return Outcome::Lost };
-                    let mut batch = vec![event];
-                    while batch.len() < BATCH_EVENTS && let Ok(event) = events.try_recv() {
-                        batch.push(event);
+                    self.keep(event);
+                    while self.early.len() < BATCH_EVENTS && let Ok(event) = events.try_recv() {
+                        self.keep(event);
                     }
-                    if self.take_in(batch).await {
+                    if self.take_in().await {
                         return Outcome::Over;
+                    }
+                    // An event is missing that the ring still has.
+                    if !self.early.is_empty() && let Some(outcome) = self.read_ring(client, events).await {
+                        return outcome;
                     }
                 }
                 () = client.ended() => return Outcome::Lost,
@@ -250,44 +264,74 @@ impl Task {
         }
     }
 
-    /// What the executor's ring has beyond the journal; true when the session is over.
+    /// Brings what the executor's ring has beyond the journal: nothing after a fresh start, all that was missed after a
+    /// loss. Gives how it ended where that was the end.
+    async fn read_ring(&mut self, client: &Client, events: &mut mpsc::Receiver<ProcessEvent>) -> Option<Outcome> {
+        let process_id = self.session.row().process;
+        let read = ProcessRead { process_id, after_seq: Some(self.mark), max_bytes: None, wait_ms: Some(0) };
+        let page = match self.while_waiting(events, client.call(&read)).await {
+            Ok(page) => page,
+            Err(CallError::Rpc(refusal)) => {
+                self.finish(SessionState::Lost, Some(refusal.message)).await;
+                return Some(Outcome::Over);
+            }
+            Err(_) => return Some(Outcome::Lost),
+        };
+        self.catch_up(page).await.then_some(Outcome::Over)
+    }
+
+    /// The ring's content, then the live events behind it; true when the session is over.
     async fn catch_up(&mut self, page: ProcessOutputPage) -> bool {
-        let mut records = Records::default();
         for chunk in page.chunks {
-            records.output(&mut self.mark, chunk.seq, chunk.stream, chunk.chunk.0);
-        }
-        if page.closed {
-            // Exit and end have numbers of their own, which the ring does not count as chunks.
-            let lost = page.next_seq.saturating_sub(self.mark + 1).saturating_sub(2);
-            records.missing(&mut self.mark, lost);
+            let event = Event::Output { stream: chunk.stream, bytes: chunk.chunk.0 };
+            self.early.entry(chunk.seq).or_insert(event);
         }
         if page.exited {
             self.exit_code = page.exit_code.or(self.exit_code);
         }
+        // All numbers below the page's next one have been given out, so what is not here by now was lost in the ring,
+        // but for one number each that stands for the exit and for the end.
+        let spare = u64::from(page.exited) + u64::from(page.closed);
+        let end = page.next_seq.saturating_sub(1);
+        let mut records = Records::default();
+        let mut missing = 0;
+        while self.mark < end {
+            let seq = self.mark + 1;
+            match self.early.remove(&seq) {
+                Some(event) => {
+                    records.missing(missing, self.mark);
+                    missing = 0;
+                    self.mark = seq;
+                    self.apply(&mut records, seq, event);
+                }
+                None => {
+                    missing += 1;
+                    self.mark = seq;
+                }
+            }
+        }
+        records.missing(missing.saturating_sub(spare), self.mark);
         self.append(records).await;
         if page.closed {
             self.finish(SessionState::Exited, None).await;
+            return true;
         }
-        page.closed
+        self.take_in().await
     }
 
-    /// Live events, in the executor's order; true when the session is over.
-    async fn take_in(&mut self, events: Vec<ProcessEvent>) -> bool {
+    /// Journals what follows the journal without a hole; true when the session is over.
+    async fn take_in(&mut self) -> bool {
         let mut records = Records::default();
         let mut closed = false;
-        for event in events {
-            match event {
-                ProcessEvent::Output(output) => {
-                    records.output(&mut self.mark, output.seq, output.stream, output.chunk.0);
-                }
-                ProcessEvent::Exited(exited) => {
-                    self.exit_code = Some(exited.exit_code);
-                    self.mark = self.mark.max(exited.seq);
-                }
-                ProcessEvent::Closed(end) => {
-                    self.mark = self.mark.max(end.seq);
-                    closed = true;
-                }
+        while let Some(entry) = self.early.first_entry() {
+            if *entry.key() > self.mark + 1 {
+                break;
+            }
+            let (seq, event) = entry.remove_entry();
+            // A number that the journal has already is a repeat from the ring.
+            if seq == self.mark + 1 {
+                self.mark = seq;
+                closed |= self.apply(&mut records, seq, event);
             }
         }
         self.append(records).await;
@@ -295,6 +339,49 @@ impl Task {
             self.finish(SessionState::Exited, None).await;
         }
         closed
+    }
+
+    /// True when the event is the end.
+    fn apply(&mut self, records: &mut Records, seq: u64, event: Event) -> bool {
+        match event {
+            Event::Output { stream, bytes } => records.output(seq, stream, bytes),
+            Event::Exited { code } => self.exit_code = Some(code),
+            Event::Closed => return true,
+        }
+        false
+    }
+
+    fn keep(&mut self, event: ProcessEvent) {
+        let (seq, event) = match event {
+            ProcessEvent::Output(output) => {
+                (output.seq, Event::Output { stream: output.stream, bytes: output.chunk.0 })
+            }
+            ProcessEvent::Exited(exited) => (exited.seq, Event::Exited { code: exited.exit_code }),
+            ProcessEvent::Closed(closed) => (closed.seq, Event::Closed),
+        };
+        if seq > self.mark {
+            self.early.insert(seq, event);
+        }
+    }
+
+    /// Waits for an answer while taking events out of the queue: they stand before it on the stream.
+    async fn while_waiting<T>(
+        &mut self,
+        events: &mut mpsc::Receiver<ProcessEvent>,
+        answer: impl Future<Output = Result<T, CallError>>,
+    ) -> Result<T, CallError> {
+        let mut answer = std::pin::pin!(answer);
+        loop {
+            tokio::select! {
+                biased;
+                answer = &mut answer => return answer,
+                event = events.recv() => match event {
+                    Some(event) if self.early.len() < EARLY_EVENTS_MAX => self.keep(event),
+                    // Too much to keep: the ring is read again on the next conversation.
+                    Some(_) | None => return Err(CallError::Lost { sent: true }),
+                },
+            }
+        }
     }
 
     /// To the disk first, then to the readers.
@@ -357,26 +444,6 @@ impl Task {
     }
 }
 
-/// Waits for an answer while taking events out of the queue: they stand before it on the stream.
-async fn while_waiting<T>(
-    events: &mut mpsc::Receiver<ProcessEvent>,
-    aside: &mut Vec<ProcessEvent>,
-    answer: impl Future<Output = Result<T, CallError>>,
-) -> Result<T, CallError> {
-    let mut answer = std::pin::pin!(answer);
-    loop {
-        tokio::select! {
-            biased;
-            answer = &mut answer => return answer,
-            event = events.recv() => match event {
-                Some(event) if aside.len() < ASIDE_EVENTS_MAX => aside.push(event),
-                // Too much to keep: the ring is read again on the next conversation.
-                Some(_) | None => return Err(CallError::Lost { sent: true }),
-            },
-        }
-    }
-}
-
 fn start_request(session: &Session, environment: &EnvironmentInfo, env_exclude: &[String]) -> ProcessStart {
     let request = &session.request;
     let process = session.row().process;
@@ -413,13 +480,7 @@ enum Record {
 }
 
 impl Records {
-    /// A chunk, unless the journal has it; what the executor no longer had before it is named.
-    fn output(&mut self, newest: &mut u64, mark: u64, stream: OutputStream, bytes: Vec<u8>) {
-        if mark <= *newest {
-            return;
-        }
-        self.missing(newest, mark - *newest - 1);
-        *newest = mark;
+    fn output(&mut self, mark: u64, stream: OutputStream, bytes: Vec<u8>) {
         let tag = match stream {
             OutputStream::Stdout => 0,
             OutputStream::Stderr => 1,
@@ -428,10 +489,10 @@ impl Records {
         self.0.push(Record::Output { tag, mark, bytes });
     }
 
-    fn missing(&mut self, newest: &mut u64, chunks: u64) {
+    /// Chunks up to this number that the executor no longer had.
+    fn missing(&mut self, chunks: u64, mark: u64) {
         if chunks > 0 {
-            *newest += chunks;
-            self.0.push(Record::Missing { chunks, mark: *newest });
+            self.0.push(Record::Missing { chunks, mark });
         }
     }
 

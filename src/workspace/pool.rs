@@ -94,7 +94,12 @@ async fn open(workspace: Arc<Workspace>, binding: Binding) -> Result<Client, Arc
     let environment = || binding.name().to_string();
     for _ in 0..OPEN_TRIES {
         match try_open(&workspace, &binding).await? {
-            Ok(client) => return Ok(client),
+            // The right may have been taken away while the conversation was being opened.
+            Ok(client) => match workspace.environment(binding.name().as_str()).await {
+                Ok(now) if now.executor() == binding.executor() => return Ok(client),
+                Ok(_) => return Err(Arc::new(ReachError::NoEnvironment(environment()))),
+                Err(error) => return Err(Arc::new(error)),
+            },
             Err(ConnectError::Ended(StreamEnd::Disconnected)) => {}
             Err(error) => {
                 tracing::warn!(executor = %binding.executor(), %error, "no conversation with the executor");

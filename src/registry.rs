@@ -53,6 +53,11 @@ impl Registry {
         Some(connected.since)
     }
 
+    /// Counts executors that came or left: what was read of this registry holds while it stays the same.
+    pub fn version(&self) -> u64 {
+        *self.changes.borrow()
+    }
+
     /// The link of a bound executor; one that was connected within `seen` is waited for, at most `wait`.
     ///
     /// # Errors
@@ -167,6 +172,7 @@ impl Drop for Attached {
         {
             self.registry.seen.insert(self.link.executor().clone(), Instant::now());
             entry.remove();
+            self.registry.changes.send_modify(|count| *count += 1);
         }
     }
 }

@@ -48,14 +48,14 @@ pub enum Ran {
 
 /// The answer of `envs/list`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct EnvList {
+pub struct EnvList<Tools = Vec<ToolInfo>> {
     /// Connected environments; empty, never missing.
-    pub envs: Vec<Env>,
+    pub envs: Vec<Env<Tools>>,
 }
 
-/// One environment of a workspace.
+/// One environment of a workspace. Who sends it may have `Tools` as JSON already.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Env {
+pub struct Env<Tools = Vec<ToolInfo>> {
     /// The workspace's name for the executor.
     pub name: String,
     /// Always `executor`.
@@ -64,7 +64,7 @@ pub struct Env {
     /// Whether calls that name none go here.
     pub is_default: bool,
     /// What can be called.
-    pub tools: Vec<ToolInfo>,
+    pub tools: Tools,
     /// RFC 3339, UTC, whole seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_seen: Option<String>,
@@ -380,7 +380,7 @@ mod tests {
         let value = to_value(env).unwrap();
         assert_eq!(value.get("last_seen"), None);
         assert_eq!(value["tools"][0]["inputSchema"]["type"], "object");
-        assert_eq!(to_string(&EnvList::default()).unwrap(), r#"{"envs":[]}"#);
+        assert_eq!(to_string(&EnvList::<Vec<ToolInfo>>::default()).unwrap(), r#"{"envs":[]}"#);
     }
 
     #[test]

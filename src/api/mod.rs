@@ -5,9 +5,10 @@ pub mod executor;
 pub mod processes;
 pub mod rest;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 
+use bytes::Bytes;
 use futures_util::FutureExt;
 use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
@@ -140,8 +141,11 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
         (1..=128).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
     };
     headers.get(REQUEST_ID).filter(usable).cloned().unwrap_or_else(|| {
-        let id = format!("req_{}", uuid::Uuid::new_v4().simple());
-        HeaderValue::from_str(&id).expect("a UUID is a header value")
+        // Counted from a random start rather than random each: that would be a system call for every request.
+        static GATEWAY: LazyLock<u64> = LazyLock::new(|| uuid::Uuid::new_v4().as_u64_pair().0);
+        static REQUESTS: AtomicU64 = AtomicU64::new(0);
+        let id = format!("req_{:016x}{:016x}", *GATEWAY, REQUESTS.fetch_add(1, Ordering::Relaxed));
+        HeaderValue::from_str(&id).expect("hexadecimal digits are a header value")
     })
 }
 
@@ -187,7 +191,12 @@ fn json_line(value: &impl Serialize) -> Vec<u8> {
 }
 
 fn json(value: &impl Serialize) -> Response<Body> {
-    let mut response = Response::new(full(json_line(value)));
+    json_bytes(json_line(value))
+}
+
+/// An answer that is JSON already.
+fn json_bytes(line: impl Into<Bytes>) -> Response<Body> {
+    let mut response = Response::new(full(line));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }

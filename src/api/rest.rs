@@ -11,15 +11,16 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Request, Response};
+use serde_json::value::RawValue;
 use tokio::time::{Instant, interval_at, timeout};
 use zeroize::Zeroizing;
 
 use super::error::ApiError;
-use super::{Api, json, json_line};
+use super::{Api, json, json_bytes, json_line};
 use crate::auth::{Principal, bearer};
 use crate::edge::body::{self, Body};
 use crate::ops::metrics::CallLabels;
-use crate::protocol::rest::{Env, EnvList, Ran, ToolCall, ToolInfo, ToolResult};
+use crate::protocol::rest::{Env, EnvList, Ran, ToolCall, ToolResult};
 use crate::time::rfc3339;
 use crate::tools::{Call, Tool};
 use crate::workspace::Workspace;
@@ -34,19 +35,25 @@ pub async fn list_environments(api: &Arc<Api>, request: Request<Incoming>) -> Re
     api.refuse_while_draining()?;
     let principal = caller(api, &request).await?;
     let workspace = api.workspaces.get(&principal);
-    let tools: Vec<ToolInfo> = workspace.tools().iter().map(|tool| tool.info()).collect();
+    let registry = &api.corridor.registry;
+    // Before the list is made: what changes meanwhile makes the next caller's anew.
+    let version = registry.version();
     let bindings = workspace.environments().await?;
-    let connected = bindings.iter().filter_map(|binding| {
-        let since = api.corridor.registry.connected_since(binding)?;
-        Some(Env {
-            name: binding.name().to_string(),
-            kind: "executor".into(),
-            is_default: binding.is_default(),
-            tools: tools.clone(),
-            last_seen: Some(rfc3339(since)),
-        })
+    let list = workspace.listing(&bindings, version, || {
+        let tools: Vec<&RawValue> = workspace.tools().iter().map(|tool| tool.info_json()).collect();
+        let connected = bindings.iter().filter_map(|binding| {
+            let since = registry.connected_since(binding)?;
+            Some(Env {
+                name: binding.name().to_string(),
+                kind: "executor".into(),
+                is_default: binding.is_default(),
+                tools: &tools,
+                last_seen: Some(rfc3339(since)),
+            })
+        });
+        json_line(&EnvList { envs: connected.collect() }).into()
     });
-    Ok(json(&EnvList { envs: connected.collect() }))
+    Ok(json_bytes(list))
 }
 
 /// `POST …/envs/{name}/tool/call`

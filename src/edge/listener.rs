@@ -6,20 +6,20 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::body::{Frame, Incoming, SizeHint};
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -102,6 +102,7 @@ where
                 let answer = service(request);
                 async move {
                     let answer = answer.await;
+                    // The connection is busy until the last byte of the body was taken.
                     Ok::<_, Infallible>(answer.map(|body| BusyBody { body, _busy: busy }))
                 }
             })
@@ -154,7 +155,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 struct Activity {
     requests: AtomicUsize,
     begun: CancellationToken,
-    deadline: watch::Sender<Instant>,
+    deadline: Mutex<Instant>,
     idle_timeout: Duration,
 }
 
@@ -164,53 +165,28 @@ impl Activity {
         Self {
             requests: AtomicUsize::new(0),
             begun: CancellationToken::new(),
-            deadline: watch::Sender::new(first_request),
+            deadline: Mutex::new(first_request),
             idle_timeout: Duration::from_secs(settings.idle_timeout_secs),
         }
     }
 
+    /// Returns once no request has been under way since the deadline. It looks now and then instead of being woken:
+    /// a connection that answers thousands of requests a second would be woken as often for nothing.
     async fn expired(&self) {
-        let mut deadline = self.deadline.subscribe();
         loop {
-            let until = *deadline.borrow_and_update();
-            tokio::select! {
-                () = tokio::time::sleep_until(until) => {
-                    if self.requests.load(Ordering::Acquire) == 0 && *self.deadline.borrow() <= Instant::now() {
-                        return;
-                    }
-                    // Busy: the end of the request moves the deadline.
-                    let _ = deadline.changed().await;
-                }
-                _ = deadline.changed() => {}
+            let now = Instant::now();
+            let deadline = self.deadline();
+            if deadline <= now && self.requests.load(Ordering::Acquire) == 0 {
+                return;
             }
+            // The end of a request under way moves the deadline to at least the moment of this next look.
+            let next_look = now + self.idle_timeout;
+            tokio::time::sleep_until(if deadline <= now { next_look } else { deadline.min(next_look) }).await;
         }
     }
-}
 
-/// An answer's body: the connection is busy until its last byte was taken. It keeps the body's size, so that whole
-/// answers have a length.
-struct BusyBody {
-    body: Body,
-    _busy: Busy,
-}
-
-impl hyper::body::Body for BusyBody {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Pin::new(&mut self.body).poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+    fn deadline(&self) -> Instant {
+        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -227,7 +203,35 @@ impl Busy {
 
 impl Drop for Busy {
     fn drop(&mut self) {
+        // The deadline first: a connection without requests must not be seen with that of an earlier one.
+        *self.0.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now() + self.0.idle_timeout;
         self.0.requests.fetch_sub(1, Ordering::AcqRel);
-        self.0.deadline.send_replace(Instant::now() + self.0.idle_timeout);
+    }
+}
+
+/// An answer's body that keeps its connection busy. It tells its size, so that the answer has a `content-length` and
+/// is sent in one piece; the combinators of `http_body_util` would lose it.
+struct BusyBody {
+    body: Body,
+    _busy: Busy,
+}
+
+impl HttpBody for BusyBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }

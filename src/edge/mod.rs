@@ -1,6 +1,7 @@
 //! HTTP at the socket: accepting, limits, routes, WebSocket upgrades. It knows no rule of the domain.
 
 pub mod body;
+pub mod burst;
 pub mod listener;
 pub mod router;
 pub mod upgrade;

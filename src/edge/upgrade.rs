@@ -11,6 +11,7 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
 use super::body::{Body, full};
+use super::burst::BurstRead;
 
 /// The request is not a WebSocket handshake of RFC 6455 §4.2.1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -67,7 +68,7 @@ pub fn check(headers: &HeaderMap) -> Result<(), UpgradeError> {
 pub fn accept<B>(
     mut request: Request<B>,
     limits: SocketLimits,
-) -> (Response<Body>, impl Future<Output = Option<WebSocketStream<TcpStream>>>) {
+) -> (Response<Body>, impl Future<Output = Option<WebSocketStream<BurstRead<TcpStream>>>>) {
     let key = request.headers().get(SEC_WEBSOCKET_KEY).map_or(&b""[..], HeaderValue::as_bytes);
     let accept = derive_accept_key(key);
     let mut response = Response::new(full(""));
@@ -80,7 +81,7 @@ pub fn accept<B>(
     let socket = async move {
         // Taking the TCP stream out of hyper's boxes saves their buffers on every idle socket.
         let parts = upgraded.await.ok()?.downcast::<TokioIo<TcpStream>>().ok()?;
-        let stream = parts.io.into_inner();
+        let stream = BurstRead::new(parts.io.into_inner());
         let read = parts.read_buf.to_vec();
         Some(WebSocketStream::from_partially_read(stream, read, Role::Server, Some(limits.into())).await)
     };

@@ -10,10 +10,12 @@ mod read_file;
 mod shell;
 mod write_file;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
+use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -136,13 +138,22 @@ impl Tool {
     }
 
     /// What callers are told about it.
-    pub fn info(self) -> ToolInfo {
+    fn info(self) -> ToolInfo {
         ToolInfo {
             name: self.name().into(),
             description: self.description().into(),
             kind: "core".into(),
             input_schema: Some(self.input_schema()),
         }
+    }
+
+    /// What callers are told about it, as JSON; made once, since every list of environments repeats it.
+    pub fn info_json(self) -> &'static RawValue {
+        static INFOS: LazyLock<HashMap<&str, Box<RawValue>>> = LazyLock::new(|| {
+            let info = |tool: &Tool| (tool.name(), to_raw_value(&tool.info()).expect("an info is plain data"));
+            Tool::ALL.iter().map(info).collect()
+        });
+        &INFOS[self.name()]
     }
 
     /// Runs one call. Dropping the future ends what it started on the executor.

@@ -59,9 +59,8 @@ pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
             let file = OpenFile::open(&client, &uri, OpenMode::Read).await?;
             // Files of /proc and the like tell no size: read to the end, within the bound.
             let end = offset.saturating_add(wanted.min(if metadata.size == 0 { bytes_max } else { rest }));
-            let slice = read(&file, offset, end).await?;
-            file.close().await?;
-            Ok(slice)
+            // Dropping closes: what was read is whole, so nobody needs to wait for that.
+            read(&file, offset, end).await
         };
         Ok(match refused(slice.await)? {
             Ok(slice) => ToolResult {

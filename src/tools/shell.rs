@@ -149,11 +149,9 @@ fn lock(collected: &Mutex<Collected>) -> MutexGuard<'_, Collected> {
     collected.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The structured part of the answer.
+/// The structured part of the answer, but for stdout and stderr.
 #[derive(Serialize)]
-struct Structured<'a> {
-    stdout: &'a str,
-    stderr: &'a str,
+struct Structured {
     exit_code: Option<i32>,
     timed_out: bool,
     duration_ms: u64,
@@ -178,21 +176,18 @@ impl Collected {
     }
 
     fn into_result(self, timed_out: bool, duration: Duration) -> ToolResult {
-        let stdout = String::from_utf8_lossy(&self.stdout);
-        let stderr = String::from_utf8_lossy(&self.stderr);
-        let exact = |bytes: &[u8]| std::str::from_utf8(bytes).is_err().then(|| STANDARD.encode(bytes));
+        let (stdout, stdout_b64) = text_and_exact(self.stdout);
+        let (stderr, stderr_b64) = text_and_exact(self.stderr);
         let exit_code = self.exit_code.filter(|_| !timed_out);
         let structured = Structured {
-            stdout: &stdout,
-            stderr: &stderr,
             exit_code,
             timed_out,
             duration_ms: u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
-            stdout_b64: exact(&self.stdout),
-            stderr_b64: exact(&self.stderr),
+            stdout_b64,
+            stderr_b64,
             lost_bytes: (self.lost_bytes > 0).then_some(self.lost_bytes),
         };
-        let structured = serde_json::to_value(structured).expect("plain data");
+        let mut structured = serde_json::to_value(structured).expect("plain data");
         let mut text = String::with_capacity(stdout.len() + stderr.len() + 64);
         text.push_str(&stdout);
         if !stderr.is_empty() {
@@ -208,10 +203,24 @@ impl Collected {
             Some(code) => text.push_str(&format!("\n[exit_code={code}]")),
             None => text.push_str("\n[exec timed out without exit signal]"),
         }
+        // Moved in, not serialised like the rest: they may have many megabytes.
+        structured["stdout"] = stdout.into();
+        structured["stderr"] = stderr.into();
         ToolResult {
             content: vec![Content::Text { text }],
             structured_content: Some(structured),
             is_error: exit_code.is_none(),
+        }
+    }
+}
+
+/// Output as text, and as base64 where the text is not exact.
+fn text_and_exact(bytes: Vec<u8>) -> (String, Option<String>) {
+    match String::from_utf8(bytes) {
+        Ok(text) => (text, None),
+        Err(error) => {
+            let bytes = error.as_bytes();
+            (String::from_utf8_lossy(bytes).into_owned(), Some(STANDARD.encode(bytes)))
         }
     }
 }

@@ -7,9 +7,10 @@ pub mod cache;
 pub mod pool;
 pub mod resolver;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::auth::cap_token::CapTokenRefused;
@@ -27,6 +28,9 @@ use crate::tools::Tool;
 
 use self::pool::Pool;
 use self::resolver::Resolver;
+
+/// Largest list of environments that a workspace keeps for the next caller: about a hundred environments.
+const LISTING_BYTES_MAX: usize = 256 * 1024;
 
 /// What all workspaces share.
 pub struct Corridor {
@@ -75,12 +79,20 @@ pub enum ReachError {
     Store(#[source] Arc<StoreError>),
 }
 
+/// A list of environments as it was last answered, and what it was made from.
+struct Listing {
+    bindings: Arc<Vec<Binding>>,
+    version: u64,
+    answer: Bytes,
+}
+
 /// One tenant in memory.
 pub struct Workspace {
     id: WorkspaceId,
     corridor: Arc<Corridor>,
     calls: Arc<Semaphore>,
     tools: &'static [Tool],
+    listing: Mutex<Option<Listing>>,
     /// Names of this tenant.
     pub resolver: Resolver,
     /// Ready clients of this tenant.
@@ -97,6 +109,7 @@ impl Workspace {
         Self {
             calls: Arc::new(Semaphore::new(corridor.settings.calls_max)),
             tools: Tool::ALL,
+            listing: Mutex::default(),
             resolver: Resolver::new(id.clone(), Duration::from_secs(corridor.settings.resolver_ttl_secs)),
             pool: Pool::default(),
             corridor,
@@ -138,6 +151,23 @@ impl Workspace {
     /// [`ReachError::Store`].
     pub async fn environments(&self) -> Result<Arc<Vec<Binding>>, ReachError> {
         self.resolver.bindings(&self.corridor.store).await.map_err(ReachError::Store)
+    }
+
+    /// The answer that lists these environments, made anew when they or the registry's version are others than before.
+    pub fn listing(&self, bindings: &Arc<Vec<Binding>>, version: u64, make: impl FnOnce() -> Bytes) -> Bytes {
+        // A value is replaced whole, so a panic elsewhere does not spoil it.
+        let listing = || self.listing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = &*listing()
+            && known.version == version
+            && Arc::ptr_eq(&known.bindings, bindings)
+        {
+            return known.answer.clone();
+        }
+        let answer = make();
+        let kept = answer.len() <= LISTING_BYTES_MAX;
+        let new = kept.then(|| Listing { bindings: bindings.clone(), version, answer: answer.clone() });
+        *listing() = new;
+        answer
     }
 
     /// The environment of that name.

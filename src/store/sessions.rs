@@ -17,7 +17,7 @@ pub enum Reserved {
     /// The row is new.
     New,
     /// The workspace has used the key before, for this.
-    Known(SessionRow),
+    Known(Box<SessionRow>),
 }
 
 impl Store {
@@ -35,7 +35,7 @@ impl Store {
                     session_from,
                 )?
             {
-                return Ok(Reserved::Known(known));
+                return Ok(Reserved::Known(Box::new(known)));
             }
             insert(tx, &row)?;
             Ok(Reserved::New)
@@ -181,7 +181,7 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         let first = row("s1", Some("k"));
         assert_eq!(store.reserve_session(first.clone()).await.unwrap(), Reserved::New);
-        assert_eq!(store.reserve_session(row("s2", Some("k"))).await.unwrap(), Reserved::Known(first));
+        assert_eq!(store.reserve_session(row("s2", Some("k"))).await.unwrap(), Reserved::Known(Box::new(first)));
         let elsewhere = SessionRow { workspace: "v".parse().unwrap(), ..row("s3", Some("k")) };
         assert_eq!(store.reserve_session(elsewhere).await.unwrap(), Reserved::New);
         assert_eq!(store.reserve_session(row("s4", None)).await.unwrap(), Reserved::New);
@@ -203,7 +203,7 @@ mod tests {
         store.save_session(later.clone()).await.unwrap();
         drop(store);
         let store = Store::open(dir.path()).unwrap();
-        assert_eq!(store.sessions().await.unwrap(), [later.clone()]);
+        assert_eq!(store.sessions().await.unwrap(), std::slice::from_ref(&later));
         store.forget_session(&later.id).await.unwrap();
         assert_eq!(store.sessions().await.unwrap(), []);
     }

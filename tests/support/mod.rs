@@ -1,5 +1,7 @@
 //! A gateway, real and stand-in executors, and a caller, each with its own ports, state and secrets, so that all tests
 //! run at once.
+// Tests and benches each use a part of this.
+#![allow(dead_code)]
 
 pub mod caller;
 pub mod codex;

@@ -131,6 +131,12 @@ impl DaemonProcess {
         Self { child, address: field("listen="), ops: field("ops=") }
     }
 
+    /// The daemon's process id.
+    #[allow(dead_code, reason = "a bench reads its memory")]
+    pub fn pid(&self) -> u32 {
+        self.child.id().expect("the daemon runs")
+    }
+
     /// An operator's command on the daemon of this state, as its command line carries it out.
     pub async fn operate(state: &Scratch, arguments: &[&str]) -> Value {
         let mut command = Command::new(env!("CARGO_BIN_EXE_exec-gateway"));

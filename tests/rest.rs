@@ -8,7 +8,7 @@ use exec_gateway::protocol::ids::{TurnId, WorkspaceId};
 use exec_gateway::store::KeyPurpose;
 use serde_json::{Value, json};
 
-use crate::support::{Answer, Caller, FakeExecutor, TestGateway, Wire};
+use crate::support::{Answer, Caller, FakeExecutor, TestGateway, Wire, eventually};
 
 const LIST: &str = "/api/connectors/envs/list";
 const CALL: &str = "/api/connectors/envs/box/tool/call";
@@ -300,6 +300,30 @@ async fn every_answer_carries_a_request_id_and_a_usable_one_is_given_back() {
         let answer = caller.send("POST", LIST, &[("x-request-id", unusable)], "{}").await;
         assert!(answer.header("x-request-id").unwrap().starts_with("req_"), "{unusable:?}");
     }
+}
+
+#[tokio::test]
+async fn an_answer_tells_its_length() {
+    let (_gateway, caller) = with_unconnected_box().await;
+    let answer = caller.post(LIST, json!({})).await;
+    assert_eq!(answer.header("content-length"), Some(answer.body.len().to_string().as_str()));
+    assert_eq!(answer.header("transfer-encoding"), None);
+}
+
+#[tokio::test]
+async fn a_list_that_was_answered_before_shows_who_came_and_left_since() {
+    let gateway = TestGateway::start().await;
+    let registry = gateway.gateway.api().corridor.registry.clone();
+    let boxes = [gateway.executor("w", "a").await, gateway.executor("w", "b").await];
+    let caller = gateway.caller("w").await;
+    assert!(caller.environments().await.is_empty());
+    let (_a, link) = FakeExecutor::connected(&gateway, &boxes[0]).await;
+    assert_eq!(caller.environments().await, ["a"]);
+    let _b = FakeExecutor::connected(&gateway, &boxes[1]).await;
+    assert_eq!(caller.environments().await, ["a", "b"]);
+    drop(link);
+    eventually("a's link is gone", async || (registry.len() == 1).then_some(())).await;
+    assert_eq!(caller.environments().await, ["b"]);
 }
 
 #[tokio::test]

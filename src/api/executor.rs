@@ -378,6 +378,8 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     let link = &api.corridor.link;
     let limits = SocketLimits { read_buffer_bytes: link.read_buffer_bytes, message_bytes_max: link.frame_bytes_max };
     let (response, socket) = upgrade::accept(request, limits);
+    // Boxed, so that it is gone once it is done: what a task captures lasts as long as the task, here as the link.
+    let socket = Box::pin(socket);
     let (handle, outbox) = LinkHandle::new(registration, link.clone(), api.metrics.clone());
     let api = api.clone();
     api.clone().links.spawn(async move {

@@ -5,11 +5,13 @@
 //! gateway process itself.
 
 mod process;
+mod quota;
 mod stdin;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use dashmap::DashMap;
@@ -31,10 +33,15 @@ use crate::store::{Binding, Reserved, SessionRow, SessionState, Store, StoreErro
 use crate::workspace::Workspace;
 use crate::workspace::cache::Workspaces;
 
+use self::quota::{Relief, Usage};
+
 pub use stdin::{StdinError, WriteOrder, Written};
 
 /// Numbers of output start where the original's do.
 const FIRST_SEQ: u64 = 1;
+
+/// Output that all sessions together may always keep: with none nothing could be read on a disk that others have filled.
+const TOTAL_BYTES_MIN: u64 = 64 * 1024 * 1024;
 
 /// What a caller asked for, as stored with the session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,6 +167,8 @@ pub struct Session {
     /// One writer at a time; each brings its bytes behind those of the one before.
     writing: tokio::sync::Mutex<()>,
     used: Mutex<Instant>,
+    /// Bytes that the journal may take on disk; lowered when the disk is wanted for others.
+    spill_bytes: AtomicU64,
 }
 
 /// How a process is asked to end.
@@ -270,6 +279,7 @@ impl Session {
     }
 
     fn publish(&self, newest: u64) {
+        self.touch();
         self.status.send_replace(Status::of(&self.row(), newest));
     }
 
@@ -286,6 +296,26 @@ impl Session {
     }
 }
 
+/// A place for a session that is being started; given back unless the session is entered.
+struct Place {
+    sessions: Arc<Sessions>,
+    workspace: Option<WorkspaceId>,
+}
+
+impl Place {
+    fn keep(mut self) {
+        self.workspace = None;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(workspace) = &self.workspace {
+            self.sessions.give_back(workspace);
+        }
+    }
+}
+
 /// What the sessions of a gateway share.
 pub struct Sessions {
     settings: config::Sessions,
@@ -295,6 +325,8 @@ pub struct Sessions {
     auth: Auth,
     workspaces: Arc<Workspaces>,
     entries: DashMap<SessionId, Arc<Session>>,
+    /// Sessions of each workspace, those being started included.
+    held: Mutex<HashMap<WorkspaceId, usize>>,
     /// One process task per session that is not over.
     pub tasks: TaskTracker,
     /// Cancelled when the gateway stops: tasks let go of their processes, which live on at the executor.
@@ -323,6 +355,7 @@ impl Sessions {
             auth,
             workspaces,
             entries: DashMap::new(),
+            held: Mutex::default(),
             tasks: TaskTracker::new(),
             stop: tokio_util::sync::CancellationToken::new(),
         });
@@ -347,6 +380,7 @@ impl Sessions {
             journal => journal,
         });
         let journal = opened.await.map_err(|error| JournalError::Disk(std::io::Error::other(error)))??;
+        *self.held().entry(row.workspace.clone()).or_default() += 1;
         self.enter(row, request, journal, None);
         Ok(())
     }
@@ -382,6 +416,7 @@ impl Sessions {
             journal: journal.reader().clone(),
             row: Mutex::new(row),
             used: Mutex::new(Instant::now()),
+            spill_bytes: AtomicU64::new(u64::MAX),
         });
         self.entries.insert(session.id.clone(), session.clone());
         if !session.status().state.is_final() {
@@ -415,10 +450,7 @@ impl Sessions {
         {
             return self.known(&known, &digest, wait).await;
         }
-        let held = self.of(workspace.id()).len();
-        if held >= self.settings.workspace_max {
-            return Err(SessionError::TooMany(held));
-        }
+        let place = self.place(workspace.id())?;
         let id = SessionId::new(&Uuid::new_v4().to_string()).expect("a UUID is a path id");
         let row = SessionRow {
             process: format!("ps_{}", Uuid::new_v4().simple()),
@@ -443,6 +475,7 @@ impl Sessions {
         let sessions = self.clone();
         let binding = binding.clone();
         let entering = tokio::spawn(async move {
+            let place = place;
             match sessions.store.reserve_session(row.clone()).await? {
                 Reserved::Known(known) => Ok::<_, SessionError>(Err(known)),
                 Reserved::New => {
@@ -454,6 +487,7 @@ impl Sessions {
                             return Err(error.into());
                         }
                     };
+                    place.keep();
                     Ok(Ok(sessions.enter(row, request, journal, Some(binding))))
                 }
             }
@@ -500,6 +534,31 @@ impl Sessions {
         }
     }
 
+    /// Takes one of the workspace's places for sessions.
+    fn place(self: &Arc<Self>, workspace: &WorkspaceId) -> Result<Place, SessionError> {
+        let mut held = self.held();
+        let count = held.entry(workspace.clone()).or_default();
+        if *count >= self.settings.workspace_max {
+            return Err(SessionError::TooMany(*count));
+        }
+        *count += 1;
+        Ok(Place { sessions: self.clone(), workspace: Some(workspace.clone()) })
+    }
+
+    fn give_back(&self, workspace: &WorkspaceId) {
+        let mut held = self.held();
+        if let Some(count) = held.get_mut(workspace) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(workspace);
+            }
+        }
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashMap<WorkspaceId, usize>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The session of that id, if it is the workspace's own. A foreign one answers as an unknown one.
     ///
     /// # Errors
@@ -539,7 +598,9 @@ impl Sessions {
             session.over(Duration::from_secs(self.settings.wait_max_secs)).await;
         }
         self.store.forget_session(&session.id).await?;
-        self.entries.remove(&session.id);
+        if self.entries.remove(&session.id).is_some() {
+            self.give_back(&session.workspace);
+        }
         let path = self.directory_of(&session.id);
         let removed = tokio::task::spawn_blocking(move || Journal::remove(&path)).await;
         if let Ok(Err(error)) = removed {
@@ -574,6 +635,48 @@ impl Sessions {
                 tracing::warn!(session = %session.id, %error, "an expired session was not forgotten");
             }
         }
+    }
+
+    /// Frees disk space where output takes more than it may: forgets the oldest finished sessions, then has running ones
+    /// drop their oldest output.
+    pub async fn relieve_disk(&self) {
+        let usages: Vec<Usage> = self
+            .entries
+            .iter()
+            .map(|session| Usage {
+                session: session.id.clone(),
+                workspace: session.workspace.clone(),
+                bytes: session.journal.disk_bytes(),
+                ended: session.status().ended_at,
+            })
+            .collect();
+        let taken: u64 = usages.iter().map(|usage| usage.bytes).sum();
+        let total_max = self.settings.total_spill_bytes_max.min(self.disk_share(taken)).max(TOTAL_BYTES_MIN);
+        for relief in quota::relieve(&usages, self.settings.workspace_spill_bytes_max, total_max) {
+            match relief {
+                Relief::Forget(id) => {
+                    let Some(session) = self.entries.get(&id).map(|entry| entry.clone()) else { continue };
+                    tracing::info!(session = %id, "a finished session gave way to newer output");
+                    if let Err(error) = self.forget(&session).await {
+                        tracing::warn!(session = %id, %error, "a finished session could not give way");
+                    }
+                }
+                Relief::Shrink(id, bytes) => {
+                    if let Some(session) = self.entries.get(&id) {
+                        session.spill_bytes.store(bytes, Ordering::Relaxed);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Bytes that output may take of the disk it is on, where it takes `taken` now.
+    fn disk_share(&self, taken: u64) -> u64 {
+        let Some(parent) = self.directory.parent() else { return u64::MAX };
+        let Ok(disk) = rustix::fs::statvfs(parent) else { return u64::MAX };
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let kept_free = disk.f_blocks.saturating_mul(disk.f_frsize) / 100 * self.settings.disk_free_percent;
+        taken.saturating_add(free).saturating_sub(kept_free)
     }
 
     /// The workspace of a session that no caller is asking for right now, under a right of its own.

@@ -13,6 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc;
@@ -410,7 +411,13 @@ impl Task {
 
     async fn sync(&mut self) {
         let Some(mut journal) = self.journal.take() else { return };
+        let spill_bytes = self.session.spill_bytes.swap(u64::MAX, Ordering::Relaxed);
         let synced = tokio::task::spawn_blocking(move || {
+            if journal.reader().disk_bytes() > spill_bytes
+                && let Err(error) = journal.shrink_to(spill_bytes)
+            {
+                tracing::warn!(%error, "old output could not be dropped");
+            }
             let result = journal.sync();
             (journal, result)
         });

@@ -31,13 +31,19 @@ async fn session(api: &Api, id: &str, request: &Request<Incoming>) -> Result<Arc
     Ok(api.sessions.get(principal.workspace(), id)?)
 }
 
-/// As [`session`], for what a read-only token may not do.
-async fn session_to_change(api: &Api, id: &str, request: &Request<Incoming>) -> Result<Arc<Session>, ApiError> {
+/// The session, for somebody who may do more than look.
+async fn changed_session(api: &Api, id: &str, request: &Request<Incoming>) -> Result<Arc<Session>, ApiError> {
     let principal = caller(api, request).await?;
-    if principal.scopes().read_only {
-        return Err(ApiError::new(403, "forbidden", "the token may only read"));
-    }
-    Ok(api.sessions.get(principal.workspace(), id)?)
+    let session = api.sessions.get(principal.workspace(), id)?;
+    if principal.scopes().read_only { Err(read_only()) } else { Ok(session) }
+}
+
+fn read_only() -> ApiError {
+    ApiError::new(403, "forbidden", "the token may only read")
+}
+
+fn bad_request(message: impl Into<String>) -> ApiError {
+    ApiError::new(400, "bad_request", message)
 }
 
 /// `GET …/processes`: the workspace's sessions, oldest first.
@@ -56,7 +62,7 @@ pub async fn show(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
 
 /// `DELETE …/processes/{sid}`: ends the process and forgets its output.
 pub async fn forget(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let session = session_to_change(api, id, &request).await?;
+    let session = changed_session(api, id, &request).await?;
     api.sessions.forget(&session).await?;
     Ok(json_answer(&json!({ "ok": true })))
 }
@@ -102,7 +108,7 @@ impl OutputQuery {
                 None => Ok(None),
                 Some(text) => match text.parse() {
                     Ok(number) => Ok(Some(number)),
-                    Err(_) => Err(ApiError::new(400, "bad_request", format!("{name}: expected a whole number from 0"))),
+                    Err(_) => Err(bad_request(format!("{name}: expected a whole number from 0"))),
                 },
             }
         };
@@ -115,16 +121,16 @@ impl OutputQuery {
             Some("stdout") => Some(0),
             Some("stderr") => Some(1),
             Some("pty") => Some(2),
-            Some(_) => return Err(ApiError::new(400, "bad_request", "stream: expected stdout, stderr or pty")),
+            Some(_) => return Err(bad_request("stream: expected stdout, stderr or pty")),
         };
         let head_tail = match query_parameter(query, "view").as_deref() {
             None => None,
             Some("head_tail") => Some(bounded("bytes", settings.page_bytes)?),
-            Some(_) => return Err(ApiError::new(400, "bad_request", "view: expected head_tail")),
+            Some(_) => return Err(bad_request("view: expected head_tail")),
         };
         let offset = number("offset")?;
         if offset.is_some() && tag.is_none() {
-            return Err(ApiError::new(400, "bad_request", "offset: needs stream"));
+            return Err(bad_request("offset: needs stream"));
         }
         let wait = number("wait_ms")?.unwrap_or(0).min(settings.wait_max_secs * 1000);
         // As the original: what is not a number counts from the start.
@@ -306,7 +312,7 @@ struct StdinBody {
 /// `POST …/processes/{sid}/stdin`
 pub async fn stdin(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     api.refuse_while_draining()?;
-    let session = session_to_change(api, id, &request).await?;
+    let session = changed_session(api, id, &request).await?;
     let body: StdinBody = read_json(api, request).await?;
     let bytes = STANDARD
         .decode(body.data_b64.unwrap_or_default())
@@ -336,7 +342,7 @@ struct TerminateBody {
 /// `POST …/processes/{sid}/terminate`: kills at once unless the body says otherwise; confirmed by the exit where it
 /// comes soon.
 pub async fn terminate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let session = session_to_change(api, id, &request).await?;
+    let session = changed_session(api, id, &request).await?;
     let body: TerminateBody = read_json(api, request).await?;
     let signal = body.signal.unwrap_or(EndSignal::Kill);
     let grace = body.grace_ms.map_or(Duration::from_secs(5), Duration::from_millis).min(GRACE_MAX);
@@ -357,5 +363,5 @@ async fn read_json<T: serde::de::DeserializeOwned>(api: &Api, request: Request<I
         body::read(request.into_body(), edge.body_bytes_max, Duration::from_secs(edge.body_timeout_secs)).await?;
     let text: &[u8] = if body.is_empty() { b"{}" } else { &body };
     serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(text))
-        .map_err(|error| ApiError::new(400, "bad_request", field_error("", &error)))
+        .map_err(|error| bad_request(field_error("", &error)))
 }

@@ -16,7 +16,8 @@ use dashmap::DashMap;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
@@ -35,6 +36,9 @@ pub use stdin::{StdinError, WriteOrder, Written};
 
 /// Numbers of output start where the original's do.
 const FIRST_SEQ: u64 = 1;
+
+/// How long an executor may take to kill the processes of a workspace that lost its right to it.
+const WITHDRAW_WAIT: Duration = Duration::from_secs(5);
 
 /// What a caller asked for, as stored with the session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,17 +133,6 @@ impl Status {
     }
 }
 
-async fn end(client: &Client, process: &str, signal: EndSignal, grace: Duration) -> Result<(), CallError> {
-    if signal != EndSignal::Kill {
-        client.call(&ProcessSignal { process_id: process.to_owned(), signal: Signal::Interrupt }).await?;
-        if signal == EndSignal::Interrupt {
-            return Ok(());
-        }
-        tokio::time::sleep(grace).await;
-    }
-    end_tree(client, process).await
-}
-
 /// One process session.
 pub struct Session {
     /// Its id.
@@ -160,6 +153,12 @@ pub struct Session {
     /// One writer at a time; each brings its bytes behind those of the one before.
     writing: tokio::sync::Mutex<()>,
     used: Mutex<Instant>,
+    /// Its right to the executor was taken away: nothing more is written to the process.
+    withdrawn: CancellationToken,
+    /// The session is forgotten: its task lets go.
+    gone: CancellationToken,
+    /// Its task has ended, or it never had one.
+    task_ended: CancellationToken,
 }
 
 /// How a process is asked to end.
@@ -211,7 +210,7 @@ impl Session {
         let until = Instant::now() + wait;
         let full = || StdinError::Full { accepted: self.row().stdin_accepted };
         let _turn = timeout_at(until, self.writing.lock()).await.map_err(|_| full())?;
-        if self.status().state.is_final() {
+        if self.status().state.is_final() || self.withdrawn.is_cancelled() {
             return Err(StdinError::Closed);
         }
         let written = stdin::write(self, store, order, until).await;
@@ -232,7 +231,7 @@ impl Session {
         }
         let mut clients = self.client.subscribe();
         while let Some(client) = self.conversation(&mut clients).await {
-            match end(&client, &self.row().process, signal, grace).await {
+            match self.ask_to_end(&client, signal, grace).await {
                 Err(CallError::Lost { .. } | CallError::NoAnswer) => {
                     client.close();
                     client.ended().await;
@@ -241,6 +240,19 @@ impl Session {
                 _ => return,
             }
         }
+    }
+
+    async fn ask_to_end(&self, client: &Client, signal: EndSignal, grace: Duration) -> Result<(), CallError> {
+        let process = self.row().process;
+        if signal != EndSignal::Kill {
+            client.call(&ProcessSignal { process_id: process.clone(), signal: Signal::Interrupt }).await?;
+            if signal == EndSignal::Interrupt {
+                return Ok(());
+            }
+            self.over(grace).await;
+        }
+        // Also when the process itself is over: what it left behind goes with it.
+        end_tree(client, &process).await
     }
 
     /// The conversation, waited for while there is none; `None` when the session is over.
@@ -298,7 +310,7 @@ pub struct Sessions {
     /// One process task per session that is not over.
     pub tasks: TaskTracker,
     /// Cancelled when the gateway stops: tasks let go of their processes, which live on at the executor.
-    pub stop: tokio_util::sync::CancellationToken,
+    pub stop: CancellationToken,
 }
 
 impl Sessions {
@@ -324,7 +336,7 @@ impl Sessions {
             workspaces,
             entries: DashMap::new(),
             tasks: TaskTracker::new(),
-            stop: tokio_util::sync::CancellationToken::new(),
+            stop: CancellationToken::new(),
         });
         for row in rows {
             let id = row.id.clone();
@@ -382,9 +394,14 @@ impl Sessions {
             journal: journal.reader().clone(),
             row: Mutex::new(row),
             used: Mutex::new(Instant::now()),
+            withdrawn: CancellationToken::new(),
+            gone: CancellationToken::new(),
+            task_ended: CancellationToken::new(),
         });
         self.entries.insert(session.id.clone(), session.clone());
-        if !session.status().state.is_final() {
+        if session.status().state.is_final() {
+            session.task_ended.cancel();
+        } else {
             self.tasks.spawn(process::run(self.clone(), session.clone(), journal, binding));
         }
         session
@@ -529,17 +546,24 @@ impl Sessions {
         self.entries.is_empty()
     }
 
-    /// Ends a session's process and forgets the session with its output.
+    /// Ends a session's process and forgets the session with its output. Waits at most `wait_max_secs` for the executor;
+    /// one that is away ends the process by itself, since nobody resumes the session any more.
     ///
     /// # Errors
     /// [`SessionError::Store`]; the session is still there then.
     pub async fn forget(&self, session: &Arc<Session>) -> Result<(), SessionError> {
         if !session.status().state.is_final() {
-            session.end(EndSignal::Kill, Duration::ZERO).await;
-            session.over(Duration::from_secs(self.settings.wait_max_secs)).await;
+            let wait = Duration::from_secs(self.settings.wait_max_secs);
+            let ending = async {
+                session.end(EndSignal::Kill, Duration::ZERO).await;
+                session.over(wait).await;
+            };
+            let _ = timeout(wait, ending).await;
         }
         self.store.forget_session(&session.id).await?;
         self.entries.remove(&session.id);
+        session.gone.cancel();
+        session.task_ended.cancelled().await;
         let path = self.directory_of(&session.id);
         let removed = tokio::task::spawn_blocking(move || Journal::remove(&path)).await;
         if let Ok(Err(error)) = removed {
@@ -548,32 +572,47 @@ impl Sessions {
         Ok(())
     }
 
-    /// Ends the conversations of sessions on an executor that may no longer be reached, of one workspace or of all: their
-    /// tasks look the right up again, and find that it is gone.
-    pub fn let_go(&self, workspace: Option<&WorkspaceId>, executor: &ExecutorId) {
+    /// Ends the sessions of a workspace, or of all, on an executor, or on all, that may no longer be reached: at once
+    /// nothing more is written to their processes, which are then killed where the executor still answers.
+    pub fn withdraw(&self, workspace: Option<&WorkspaceId>, executor: Option<&ExecutorId>) {
         for session in &self.entries {
-            let concerned = session.row().executor == *executor && workspace.is_none_or(|of| session.workspace == *of);
-            if concerned && let Some(client) = session.client.borrow().as_ref() {
-                client.close();
+            let concerned = executor.is_none_or(|of| session.row().executor == *of)
+                && workspace.is_none_or(|of| session.workspace == *of);
+            if !concerned || session.status().state.is_final() {
+                continue;
             }
+            session.withdrawn.cancel();
+            session.change(|row| row.detail = Some(process::WITHDRAWN.into()));
+            let session = session.clone();
+            self.tasks.spawn(async move {
+                let _ = timeout(WITHDRAW_WAIT, session.end(EndSignal::Kill, Duration::ZERO)).await;
+                session.over(WITHDRAW_WAIT).await;
+                // Its task looks the right up again, and finds that it is gone.
+                if let Some(client) = session.client.borrow().as_ref() {
+                    client.close();
+                }
+            });
         }
     }
 
     /// Forgets what was not used for too long; a running process is ended first.
     pub async fn expire(&self) {
         let entries: Vec<Arc<Session>> = self.entries.iter().map(|entry| entry.clone()).collect();
-        for session in entries {
+        let expired = entries.into_iter().filter(|session| {
             let bound = if session.status().state.is_final() {
                 self.settings.idle_secs
             } else {
                 self.settings.running_idle_secs
             };
-            if session.idle() >= Duration::from_secs(bound)
-                && let Err(error) = self.forget(&session).await
-            {
+            session.idle() >= Duration::from_secs(bound)
+        });
+        // At once: one executor that does not answer keeps no other session.
+        let forgotten = expired.map(async |session| {
+            if let Err(error) = self.forget(&session).await {
                 tracing::warn!(session = %session.id, %error, "an expired session was not forgotten");
             }
-        }
+        });
+        futures_util::future::join_all(forgotten).await;
     }
 
     /// The workspace of a session that no caller is asking for right now, under a right of its own.

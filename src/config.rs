@@ -223,6 +223,12 @@ config! {
         memory_bytes_max: usize = 1024 * 1024 => 4096..=256 * 1024 * 1024,
         /// Output of one session kept on disk, in bytes; past it the oldest goes.
         spill_bytes_max: u64 = 256 * 1024 * 1024 => 1024 * 1024..=1024 * 1024 * 1024 * 1024,
+        /// Output of all sessions of one workspace kept on disk, in bytes; past it the oldest finished sessions go, then the oldest output.
+        workspace_spill_bytes_max: u64 = 4 * 1024 * 1024 * 1024 => 1024 * 1024..=1024 * 1024 * 1024 * 1024,
+        /// Output of all sessions together kept on disk, in bytes.
+        total_spill_bytes_max: u64 = 16 * 1024 * 1024 * 1024 => 1024 * 1024..=1024 * 1024 * 1024 * 1024,
+        /// Part of the disk that output never takes, in percent.
+        disk_free_percent: u64 = 10 => 0..=90,
         /// Output that one answer carries when the caller does not say, in bytes.
         page_bytes: usize = 1024 * 1024 => 1024..=64 * 1024 * 1024,
         /// Output that one answer carries at most, in bytes.

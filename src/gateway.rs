@@ -45,6 +45,9 @@ const LOCK_WAIT: Duration = Duration::from_secs(1);
 /// Interval in which idle workspaces are dropped and connected executors recorded.
 const SWEEP_EVERY: Duration = Duration::from_secs(20);
 
+/// Interval in which the disk space of output is looked at: a fast process writes a few hundred MiB meanwhile.
+const DISK_EVERY: Duration = Duration::from_secs(1);
+
 /// How long sessions may take to write what they have.
 const SESSIONS_CLOSE: Duration = Duration::from_secs(5);
 
@@ -186,6 +189,7 @@ impl Gateway {
         let background = CancellationToken::new();
         tokio::spawn(serve_admin(admin_socket, admin.clone(), background.clone()));
         tokio::spawn(sweep(api.clone(), background.clone()));
+        tokio::spawn(watch_disk(api.clone(), background.clone()));
         Ok(Self {
             connections: listener.connections.clone(),
             drain: listener.drain.clone(),
@@ -351,6 +355,18 @@ async fn sweep(api: Arc<Api>, stop: CancellationToken) {
         record_connected(&api).await;
         if let Err(error) = api.corridor.store.forget_revocations(SystemTime::now()).await {
             tracing::warn!(%error, "expired revocations were not forgotten");
+        }
+    }
+}
+
+/// Keeps the output of sessions within its part of the disk.
+async fn watch_disk(api: Arc<Api>, stop: CancellationToken) {
+    let mut ticks = interval(DISK_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => api.sessions.relieve_disk().await,
+            () = stop.cancelled() => return,
         }
     }
 }

@@ -5,11 +5,14 @@
 //! gateway process itself.
 
 mod process;
+mod quota;
 mod stdin;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::OsString;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use dashmap::DashMap;
@@ -32,6 +35,8 @@ use crate::store::{Binding, Reserved, SessionRow, SessionState, Store, StoreErro
 use crate::workspace::Workspace;
 use crate::workspace::cache::Workspaces;
 
+use self::quota::{Relief, Usage};
+
 pub use stdin::{StdinError, WriteOrder, Written};
 
 /// Numbers of output start where the original's do.
@@ -39,6 +44,9 @@ const FIRST_SEQ: u64 = 1;
 
 /// How long an executor may take to kill the processes of a workspace that lost its right to it.
 const WITHDRAW_WAIT: Duration = Duration::from_secs(5);
+
+/// Output that all sessions together may always keep: with none nothing could be read on a disk that others have filled.
+const TOTAL_BYTES_MIN: u64 = 64 * 1024 * 1024;
 
 /// What a caller asked for, as stored with the session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,6 +167,8 @@ pub struct Session {
     gone: CancellationToken,
     /// Its task has ended, or it never had one.
     task_ended: CancellationToken,
+    /// Bytes that the journal may take on disk; lowered when the disk is wanted for others.
+    spill_bytes: AtomicU64,
 }
 
 /// How a process is asked to end.
@@ -282,6 +292,8 @@ impl Session {
     }
 
     fn publish(&self, newest: u64) {
+        // A process that prints is in use, and one that ended is kept from then on for those who come to read.
+        self.touch();
         self.status.send_replace(Status::of(&self.row(), newest));
     }
 
@@ -298,6 +310,26 @@ impl Session {
     }
 }
 
+/// A place for a session that is being started; given back unless the session is entered.
+struct Place {
+    sessions: Arc<Sessions>,
+    workspace: Option<WorkspaceId>,
+}
+
+impl Place {
+    fn keep(mut self) {
+        self.workspace = None;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(workspace) = &self.workspace {
+            self.sessions.give_back(workspace);
+        }
+    }
+}
+
 /// What the sessions of a gateway share.
 pub struct Sessions {
     settings: config::Sessions,
@@ -307,6 +339,8 @@ pub struct Sessions {
     auth: Auth,
     workspaces: Arc<Workspaces>,
     entries: DashMap<SessionId, Arc<Session>>,
+    /// Sessions of each workspace, those being started included.
+    held: Mutex<HashMap<WorkspaceId, usize>>,
     /// One process task per session that is not over.
     pub tasks: TaskTracker,
     /// Cancelled when the gateway stops: tasks let go of their processes, which live on at the executor.
@@ -335,9 +369,11 @@ impl Sessions {
             auth,
             workspaces,
             entries: DashMap::new(),
+            held: Mutex::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
+        sessions.remove_unknown(&rows).await;
         for row in rows {
             let id = row.id.clone();
             if let Err(error) = sessions.take_up(row).await {
@@ -345,6 +381,24 @@ impl Sessions {
             }
         }
         Ok(sessions)
+    }
+
+    /// Removes the output of sessions that were forgotten while the gateway process ended.
+    async fn remove_unknown(&self, rows: &[SessionRow]) {
+        let known: HashSet<OsString> = rows.iter().map(|row| row.id.as_str().into()).collect();
+        let directory = self.directory.clone();
+        let removing = tokio::task::spawn_blocking(move || {
+            // No directory yet: there is nothing to remove.
+            let Ok(entries) = std::fs::read_dir(directory) else { return };
+            for entry in entries.flatten().filter(|entry| !known.contains(&entry.file_name())) {
+                if let Err(error) = Journal::remove(&entry.path()) {
+                    tracing::warn!(%error, "the output of a forgotten session was not removed");
+                }
+            }
+        });
+        if let Err(error) = removing.await {
+            tracing::warn!(%error, "the output of forgotten sessions was not looked for");
+        }
     }
 
     async fn take_up(self: &Arc<Self>, row: SessionRow) -> Result<(), SessionError> {
@@ -359,6 +413,7 @@ impl Sessions {
             journal => journal,
         });
         let journal = opened.await.map_err(|error| JournalError::Disk(std::io::Error::other(error)))??;
+        *self.held().entry(row.workspace.clone()).or_default() += 1;
         self.enter(row, request, journal, None);
         Ok(())
     }
@@ -397,6 +452,7 @@ impl Sessions {
             withdrawn: CancellationToken::new(),
             gone: CancellationToken::new(),
             task_ended: CancellationToken::new(),
+            spill_bytes: AtomicU64::new(u64::MAX),
         });
         self.entries.insert(session.id.clone(), session.clone());
         if session.status().state.is_final() {
@@ -432,10 +488,7 @@ impl Sessions {
         {
             return self.known(&known, &digest, wait).await;
         }
-        let held = self.of(workspace.id()).len();
-        if held >= self.settings.workspace_max {
-            return Err(SessionError::TooMany(held));
-        }
+        let place = self.place(workspace.id())?;
         let id = SessionId::new(&Uuid::new_v4().to_string()).expect("a UUID is a path id");
         let row = SessionRow {
             process: format!("ps_{}", Uuid::new_v4().simple()),
@@ -460,6 +513,7 @@ impl Sessions {
         let sessions = self.clone();
         let binding = binding.clone();
         let entering = tokio::spawn(async move {
+            let place = place;
             match sessions.store.reserve_session(row.clone()).await? {
                 Reserved::Known(known) => Ok::<_, SessionError>(Err(known)),
                 Reserved::New => {
@@ -471,6 +525,7 @@ impl Sessions {
                             return Err(error.into());
                         }
                     };
+                    place.keep();
                     Ok(Ok(sessions.enter(row, request, journal, Some(binding))))
                 }
             }
@@ -517,6 +572,31 @@ impl Sessions {
         }
     }
 
+    /// Takes one of the workspace's places for sessions.
+    fn place(self: &Arc<Self>, workspace: &WorkspaceId) -> Result<Place, SessionError> {
+        let mut held = self.held();
+        let count = held.entry(workspace.clone()).or_default();
+        if *count >= self.settings.workspace_max {
+            return Err(SessionError::TooMany(*count));
+        }
+        *count += 1;
+        Ok(Place { sessions: self.clone(), workspace: Some(workspace.clone()) })
+    }
+
+    fn give_back(&self, workspace: &WorkspaceId) {
+        let mut held = self.held();
+        if let Some(count) = held.get_mut(workspace) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(workspace);
+            }
+        }
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashMap<WorkspaceId, usize>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The session of that id, if it is the workspace's own. A foreign one answers as an unknown one.
     ///
     /// # Errors
@@ -561,7 +641,9 @@ impl Sessions {
             let _ = timeout(wait, ending).await;
         }
         self.store.forget_session(&session.id).await?;
-        self.entries.remove(&session.id);
+        if self.entries.remove(&session.id).is_some() {
+            self.give_back(&session.workspace);
+        }
         session.gone.cancel();
         session.task_ended.cancelled().await;
         let path = self.directory_of(&session.id);
@@ -613,6 +695,48 @@ impl Sessions {
             }
         });
         futures_util::future::join_all(forgotten).await;
+    }
+
+    /// Frees disk space where output takes more than it may: forgets the oldest finished sessions, then has running ones
+    /// drop their oldest output.
+    pub async fn relieve_disk(&self) {
+        let usages: Vec<Usage> = self
+            .entries
+            .iter()
+            .map(|session| Usage {
+                session: session.id.clone(),
+                workspace: session.workspace.clone(),
+                bytes: session.journal.disk_bytes(),
+                ended: session.status().ended_at,
+            })
+            .collect();
+        let taken: u64 = usages.iter().map(|usage| usage.bytes).sum();
+        let total_max = self.settings.total_spill_bytes_max.min(self.disk_share(taken)).max(TOTAL_BYTES_MIN);
+        for relief in quota::relieve(&usages, self.settings.workspace_spill_bytes_max, total_max) {
+            match relief {
+                Relief::Forget(id) => {
+                    let Some(session) = self.entries.get(&id).map(|entry| entry.clone()) else { continue };
+                    tracing::info!(session = %id, "a finished session gave way to newer output");
+                    if let Err(error) = self.forget(&session).await {
+                        tracing::warn!(session = %id, %error, "a finished session could not give way");
+                    }
+                }
+                Relief::Shrink(id, bytes) => {
+                    if let Some(session) = self.entries.get(&id) {
+                        session.spill_bytes.store(bytes, Ordering::Relaxed);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Bytes that output may take of the disk it is on, where it takes `taken` now.
+    fn disk_share(&self, taken: u64) -> u64 {
+        let Some(parent) = self.directory.parent() else { return u64::MAX };
+        let Ok(disk) = rustix::fs::statvfs(parent) else { return u64::MAX };
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let kept_free = disk.f_blocks.saturating_mul(disk.f_frsize) / 100 * self.settings.disk_free_percent;
+        taken.saturating_add(free).saturating_sub(kept_free)
     }
 
     /// The workspace of a session that no caller is asking for right now, under a right of its own.

@@ -13,6 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc;
@@ -430,8 +431,6 @@ impl Task {
         if records.0.is_empty() {
             return;
         }
-        // A process that prints is in use.
-        self.session.touch();
         let Some(mut journal) = self.journal.take() else { return };
         let tty = self.session.request.tty;
         let written = tokio::task::spawn_blocking(move || {
@@ -453,7 +452,13 @@ impl Task {
 
     async fn sync(&mut self) {
         let Some(mut journal) = self.journal.take() else { return };
+        let spill_bytes = self.session.spill_bytes.swap(u64::MAX, Ordering::Relaxed);
         let synced = tokio::task::spawn_blocking(move || {
+            if journal.reader().disk_bytes() > spill_bytes
+                && let Err(error) = journal.shrink_to(spill_bytes)
+            {
+                tracing::warn!(%error, "old output could not be dropped");
+            }
             let result = journal.sync();
             (journal, result)
         });
@@ -483,8 +488,6 @@ impl Task {
             tracing::warn!(session = %self.session.id, %error, "the end of a session was not stored");
         }
         self.session.client.send_replace(None);
-        // From here on it is kept for those who come to read.
-        self.session.touch();
         self.session.publish(self.newest());
     }
 }

@@ -4,7 +4,7 @@
 
 #[allow(dead_code, reason = "each bench uses a part")]
 mod rig;
-#[allow(dead_code, unused_imports, reason = "each bench uses a part")]
+#[allow(unused_imports, reason = "each bench uses a part")]
 #[path = "../support/mod.rs"]
 mod support;
 

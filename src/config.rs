@@ -242,9 +242,9 @@ config! {
     /// Shutdown.
     drain: Drain {
         /// Time between not being ready and refusing new calls, in seconds.
-        announce_secs: u64 = 0 => 0..=55,
-        /// Time for running calls to end, in seconds; together with `announce_secs` at most 55, since the process ends within 60.
-        grace_secs: u64 = 30 => 1..=55,
+        announce_secs: u64 = 0 => 0..=50,
+        /// Time for running calls to end, in seconds; together with `announce_secs` at most 50, since the process ends within 60.
+        grace_secs: u64 = 30 => 1..=50,
     }
 }
 
@@ -326,10 +326,10 @@ impl Config {
             }
         }
         // Each is within its range already; saturating keeps absurd ones from wrapping round.
-        if self.drain.announce_secs.saturating_add(self.drain.grace_secs) > 55 {
+        if self.drain.announce_secs.saturating_add(self.drain.grace_secs) > 50 {
             wrong(
                 "drain.grace_secs",
-                "with drain.announce_secs must be at most 55: the process ends within 60 seconds",
+                "with drain.announce_secs must be at most 50: the process ends within 60 seconds",
             );
         }
         faults

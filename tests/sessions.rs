@@ -188,6 +188,19 @@ async fn one_start_key_is_one_process_however_often_it_is_sent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_failed_leaves_nothing_and_its_key_may_be_used_again() {
+    let bench = Workbench::start().await;
+    let program = bench.file("program");
+    let arguments = json!({ "command": [program], "key": "k", "stdin": "none" });
+    let failed = bench.caller.result("box", "exec_command", arguments.clone()).await;
+    assert_eq!((&failed["isError"], &failed["structuredContent"]["code"]), (&json!(true), &json!("not_started")));
+    assert!(bench.gateway.gateway.api().sessions.is_empty());
+    std::fs::write(&program, "#!/bin/sh\necho here\n").unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    assert_eq!(start(&bench.caller, arguments).await.read_all().await.stdout, b"here\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_session_is_as_unknown_as_one_that_never_was() {
     let bench = Workbench::start().await;
     let session = start(&bench.caller, json!({ "command": "true" })).await;

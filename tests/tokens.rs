@@ -226,5 +226,10 @@ async fn a_read_only_token_reads_files_and_does_nothing_else() {
         let answer = reader.tool("box", tool["name"].as_str().unwrap(), json!({})).await;
         assert_eq!((answer.status.as_u16(), answer.code().as_str()), (403, "forbidden"), "{tool}");
     }
+    for (method, path) in [("DELETE", ""), ("POST", "/stdin"), ("POST", "/terminate")] {
+        let path = format!("/api/connectors/processes/any{path}");
+        let answer = reader.try_send(method, &path, &[], "{}").await.unwrap();
+        assert_eq!((answer.status.as_u16(), answer.code().as_str()), (403, "forbidden"), "{method} {path}");
+    }
     assert_eq!(executor.asked("process/start"), 0);
 }

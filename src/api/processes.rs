@@ -31,6 +31,15 @@ async fn session(api: &Api, id: &str, request: &Request<Incoming>) -> Result<Arc
     Ok(api.sessions.get(principal.workspace(), id)?)
 }
 
+/// As [`session`], for what a read-only token may not do.
+async fn session_to_change(api: &Api, id: &str, request: &Request<Incoming>) -> Result<Arc<Session>, ApiError> {
+    let principal = caller(api, request).await?;
+    if principal.scopes().read_only {
+        return Err(ApiError::new(403, "forbidden", "the token may only read"));
+    }
+    Ok(api.sessions.get(principal.workspace(), id)?)
+}
+
 /// `GET …/processes`: the workspace's sessions, oldest first.
 pub async fn list(api: &Arc<Api>, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let principal = caller(api, &request).await?;
@@ -47,7 +56,7 @@ pub async fn show(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
 
 /// `DELETE …/processes/{sid}`: ends the process and forgets its output.
 pub async fn forget(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let session = session(api, id, &request).await?;
+    let session = session_to_change(api, id, &request).await?;
     api.sessions.forget(&session).await?;
     Ok(json_answer(&json!({ "ok": true })))
 }
@@ -297,7 +306,7 @@ struct StdinBody {
 /// `POST …/processes/{sid}/stdin`
 pub async fn stdin(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     api.refuse_while_draining()?;
-    let session = session(api, id, &request).await?;
+    let session = session_to_change(api, id, &request).await?;
     let body: StdinBody = read_json(api, request).await?;
     let bytes = STANDARD
         .decode(body.data_b64.unwrap_or_default())
@@ -327,7 +336,7 @@ struct TerminateBody {
 /// `POST …/processes/{sid}/terminate`: kills at once unless the body says otherwise; confirmed by the exit where it
 /// comes soon.
 pub async fn terminate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let session = session(api, id, &request).await?;
+    let session = session_to_change(api, id, &request).await?;
     let body: TerminateBody = read_json(api, request).await?;
     let signal = body.signal.unwrap_or(EndSignal::Kill);
     let grace = body.grace_ms.map_or(Duration::from_secs(5), Duration::from_millis).min(GRACE_MAX);

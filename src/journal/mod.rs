@@ -12,7 +12,7 @@
 //!
 //! The tag of a record names its stream (0 stdout, 1 stderr, 2 pty, others free). `seq` counts the records of all
 //! streams without a hole; the offset of a record counts the bytes of its stream before it, lost ones included. A
-//! journal stands between two records as a [`segment::Head`], which begins each file. So a reader, or the next process,
+//! journal stands between two records as a `segment::Head`, which begins each file. So a reader, or the next process,
 //! needs no file before the one it reads, and what is gone is known to the byte: it lies between where one piece that
 //! exists ends and the next one starts.
 

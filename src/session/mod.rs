@@ -488,7 +488,6 @@ impl Sessions {
         {
             return self.known(&known, &digest, wait).await;
         }
-        let place = self.place(workspace.id())?;
         let id = SessionId::new(&Uuid::new_v4().to_string()).expect("a UUID is a path id");
         let row = SessionRow {
             process: format!("ps_{}", Uuid::new_v4().simple()),
@@ -513,16 +512,19 @@ impl Sessions {
         let sessions = self.clone();
         let binding = binding.clone();
         let entering = tokio::spawn(async move {
-            let place = place;
             match sessions.store.reserve_session(row.clone()).await? {
                 Reserved::Known(known) => Ok::<_, SessionError>(Err(known)),
                 Reserved::New => {
-                    let path = sessions.directory_of(&row.id);
-                    let journal = match Journal::create(&path, FIRST_SEQ, sessions.limits()) {
-                        Ok(journal) => journal,
+                    // After the reservation: of many starts under one key only the first takes a place.
+                    let created = sessions.place(&row.workspace).and_then(|place| {
+                        let journal = Journal::create(&sessions.directory_of(&row.id), FIRST_SEQ, sessions.limits())?;
+                        Ok((place, journal))
+                    });
+                    let (place, journal) = match created {
+                        Ok(created) => created,
                         Err(error) => {
                             sessions.store.forget_session(&row.id).await?;
-                            return Err(error.into());
+                            return Err(error);
                         }
                     };
                     place.keep();
@@ -565,6 +567,8 @@ impl Sessions {
         };
         match status.state {
             SessionState::Failed => {
+                // Nothing ran and nothing is left to read: the key and the place are free for another try.
+                self.forget(&session).await?;
                 Err(SessionError::NotStarted(status.detail.unwrap_or_else(|| "the process was not started".into())))
             }
             SessionState::Unknown => Err(SessionError::StartUnknown),

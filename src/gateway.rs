@@ -312,14 +312,14 @@ fn apply(api: &Api, change: &Change) {
         Change::TokenRevoked(token) => api.corridor.auth.proxy_tokens().forget(token),
         Change::ExecutorDeleted(executor) => {
             api.corridor.registry.forget(executor);
-            api.sessions.let_go(None, executor);
+            api.sessions.withdraw(None, Some(executor));
             for workspace in api.workspaces.all() {
                 workspace.resolver.invalidate();
                 workspace.pool.close_executor(executor);
             }
         }
         Change::Unbound { workspace, executor } => {
-            api.sessions.let_go(Some(workspace), executor);
+            api.sessions.withdraw(Some(workspace), Some(executor));
             if let Some(workspace) = api.workspaces.peek(workspace) {
                 workspace.resolver.invalidate();
                 workspace.pool.close_executor(executor);
@@ -332,10 +332,11 @@ fn apply(api: &Api, change: &Change) {
         }
         Change::Revoked(revocation) => {
             api.corridor.auth.cap_tokens().apply(revocation);
-            if let RevocationScope::Workspace(workspace) = &revocation.scope
-                && let Some(workspace) = api.workspaces.peek(workspace)
-            {
-                workspace.pool.close_all();
+            if let RevocationScope::Workspace(id) = &revocation.scope {
+                api.sessions.withdraw(Some(id), None);
+                if let Some(workspace) = api.workspaces.peek(id) {
+                    workspace.pool.close_all();
+                }
             }
         }
     }

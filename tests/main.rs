@@ -4,6 +4,7 @@
 mod support;
 
 mod cli;
+mod endure;
 mod files;
 mod limits;
 mod links;

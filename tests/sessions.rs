@@ -11,20 +11,20 @@ use crate::restart::{free_address, workspace};
 use crate::support::{Caller, CodexExecutor, DaemonProcess, Proxy, Scratch, Workbench, eventually};
 
 /// A session as a caller sees it.
-struct Started<'a> {
-    caller: &'a Caller,
-    id: String,
+pub struct Started<'a> {
+    pub caller: &'a Caller,
+    pub id: String,
 }
 
 /// All that a session printed.
 #[derive(Default)]
-struct Printed {
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
-    last: Value,
+pub struct Printed {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub last: Value,
 }
 
-async fn start<'a>(caller: &'a Caller, arguments: Value) -> Started<'a> {
+pub async fn start<'a>(caller: &'a Caller, arguments: Value) -> Started<'a> {
     let result = caller.result("box", "exec_command", arguments).await;
     assert_eq!(result["isError"], false, "{result}");
     let id = result["structuredContent"]["session_id"].as_str().unwrap().to_owned();
@@ -33,7 +33,7 @@ async fn start<'a>(caller: &'a Caller, arguments: Value) -> Started<'a> {
 }
 
 impl Started<'_> {
-    async fn get(&self, query: &str) -> Value {
+    pub async fn get(&self, query: &str) -> Value {
         let path = format!("/api/connectors/processes/{}{query}", self.id);
         // A gateway that is being restarted refuses connections; the caller comes again.
         eventually("an answer", async || {
@@ -44,12 +44,12 @@ impl Started<'_> {
         .await
     }
 
-    async fn post(&self, what: &str, body: Value) -> crate::support::Answer {
+    pub async fn post(&self, what: &str, body: Value) -> crate::support::Answer {
         self.caller.post(&format!("/api/connectors/processes/{}/{what}", self.id), body).await
     }
 
     /// Reads to the end as a client does: page after page, by number.
-    async fn read_all(&self) -> Printed {
+    pub async fn read_all(&self) -> Printed {
         let mut printed = Printed::default();
         let (mut since, mut seq) = (0, 0);
         loop {
@@ -73,12 +73,12 @@ impl Started<'_> {
     }
 }
 
-fn sha256(bytes: &[u8]) -> String {
+pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Bytes that look random and can be made again.
-fn seeded(seed: u64, length: usize) -> Vec<u8> {
+pub fn seeded(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut bytes = Vec::with_capacity(length);
     while bytes.len() < length {

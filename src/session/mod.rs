@@ -8,7 +8,8 @@ mod process;
 mod quota;
 mod stdin;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +19,8 @@ use dashmap::DashMap;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
@@ -39,6 +41,9 @@ pub use stdin::{StdinError, WriteOrder, Written};
 
 /// Numbers of output start where the original's do.
 const FIRST_SEQ: u64 = 1;
+
+/// How long an executor may take to kill the processes of a workspace that lost its right to it.
+const WITHDRAW_WAIT: Duration = Duration::from_secs(5);
 
 /// Output that all sessions together may always keep: with none nothing could be read on a disk that others have filled.
 const TOTAL_BYTES_MIN: u64 = 64 * 1024 * 1024;
@@ -136,17 +141,6 @@ impl Status {
     }
 }
 
-async fn end(client: &Client, process: &str, signal: EndSignal, grace: Duration) -> Result<(), CallError> {
-    if signal != EndSignal::Kill {
-        client.call(&ProcessSignal { process_id: process.to_owned(), signal: Signal::Interrupt }).await?;
-        if signal == EndSignal::Interrupt {
-            return Ok(());
-        }
-        tokio::time::sleep(grace).await;
-    }
-    end_tree(client, process).await
-}
-
 /// One process session.
 pub struct Session {
     /// Its id.
@@ -167,6 +161,12 @@ pub struct Session {
     /// One writer at a time; each brings its bytes behind those of the one before.
     writing: tokio::sync::Mutex<()>,
     used: Mutex<Instant>,
+    /// Its right to the executor was taken away: nothing more is written to the process.
+    withdrawn: CancellationToken,
+    /// The session is forgotten: its task lets go.
+    gone: CancellationToken,
+    /// Its task has ended, or it never had one.
+    task_ended: CancellationToken,
     /// Bytes that the journal may take on disk; lowered when the disk is wanted for others.
     spill_bytes: AtomicU64,
 }
@@ -220,7 +220,7 @@ impl Session {
         let until = Instant::now() + wait;
         let full = || StdinError::Full { accepted: self.row().stdin_accepted };
         let _turn = timeout_at(until, self.writing.lock()).await.map_err(|_| full())?;
-        if self.status().state.is_final() {
+        if self.status().state.is_final() || self.withdrawn.is_cancelled() {
             return Err(StdinError::Closed);
         }
         let written = stdin::write(self, store, order, until).await;
@@ -241,7 +241,7 @@ impl Session {
         }
         let mut clients = self.client.subscribe();
         while let Some(client) = self.conversation(&mut clients).await {
-            match end(&client, &self.row().process, signal, grace).await {
+            match self.ask_to_end(&client, signal, grace).await {
                 Err(CallError::Lost { .. } | CallError::NoAnswer) => {
                     client.close();
                     client.ended().await;
@@ -250,6 +250,19 @@ impl Session {
                 _ => return,
             }
         }
+    }
+
+    async fn ask_to_end(&self, client: &Client, signal: EndSignal, grace: Duration) -> Result<(), CallError> {
+        let process = self.row().process;
+        if signal != EndSignal::Kill {
+            client.call(&ProcessSignal { process_id: process.clone(), signal: Signal::Interrupt }).await?;
+            if signal == EndSignal::Interrupt {
+                return Ok(());
+            }
+            self.over(grace).await;
+        }
+        // Also when the process itself is over: what it left behind goes with it.
+        end_tree(client, &process).await
     }
 
     /// The conversation, waited for while there is none; `None` when the session is over.
@@ -279,6 +292,7 @@ impl Session {
     }
 
     fn publish(&self, newest: u64) {
+        // A process that prints is in use, and one that ended is kept from then on for those who come to read.
         self.touch();
         self.status.send_replace(Status::of(&self.row(), newest));
     }
@@ -330,7 +344,7 @@ pub struct Sessions {
     /// One process task per session that is not over.
     pub tasks: TaskTracker,
     /// Cancelled when the gateway stops: tasks let go of their processes, which live on at the executor.
-    pub stop: tokio_util::sync::CancellationToken,
+    pub stop: CancellationToken,
 }
 
 impl Sessions {
@@ -357,8 +371,9 @@ impl Sessions {
             entries: DashMap::new(),
             held: Mutex::default(),
             tasks: TaskTracker::new(),
-            stop: tokio_util::sync::CancellationToken::new(),
+            stop: CancellationToken::new(),
         });
+        sessions.remove_unknown(&rows).await;
         for row in rows {
             let id = row.id.clone();
             if let Err(error) = sessions.take_up(row).await {
@@ -366,6 +381,24 @@ impl Sessions {
             }
         }
         Ok(sessions)
+    }
+
+    /// Removes the output of sessions that were forgotten while the gateway process ended.
+    async fn remove_unknown(&self, rows: &[SessionRow]) {
+        let known: HashSet<OsString> = rows.iter().map(|row| row.id.as_str().into()).collect();
+        let directory = self.directory.clone();
+        let removing = tokio::task::spawn_blocking(move || {
+            // No directory yet: there is nothing to remove.
+            let Ok(entries) = std::fs::read_dir(directory) else { return };
+            for entry in entries.flatten().filter(|entry| !known.contains(&entry.file_name())) {
+                if let Err(error) = Journal::remove(&entry.path()) {
+                    tracing::warn!(%error, "the output of a forgotten session was not removed");
+                }
+            }
+        });
+        if let Err(error) = removing.await {
+            tracing::warn!(%error, "the output of forgotten sessions was not looked for");
+        }
     }
 
     async fn take_up(self: &Arc<Self>, row: SessionRow) -> Result<(), SessionError> {
@@ -416,10 +449,15 @@ impl Sessions {
             journal: journal.reader().clone(),
             row: Mutex::new(row),
             used: Mutex::new(Instant::now()),
+            withdrawn: CancellationToken::new(),
+            gone: CancellationToken::new(),
+            task_ended: CancellationToken::new(),
             spill_bytes: AtomicU64::new(u64::MAX),
         });
         self.entries.insert(session.id.clone(), session.clone());
-        if !session.status().state.is_final() {
+        if session.status().state.is_final() {
+            session.task_ended.cancel();
+        } else {
             self.tasks.spawn(process::run(self.clone(), session.clone(), journal, binding));
         }
         session
@@ -592,19 +630,26 @@ impl Sessions {
         self.entries.is_empty()
     }
 
-    /// Ends a session's process and forgets the session with its output.
+    /// Ends a session's process and forgets the session with its output. Waits at most `wait_max_secs` for the executor;
+    /// one that is away ends the process by itself, since nobody resumes the session any more.
     ///
     /// # Errors
     /// [`SessionError::Store`]; the session is still there then.
     pub async fn forget(&self, session: &Arc<Session>) -> Result<(), SessionError> {
         if !session.status().state.is_final() {
-            session.end(EndSignal::Kill, Duration::ZERO).await;
-            session.over(Duration::from_secs(self.settings.wait_max_secs)).await;
+            let wait = Duration::from_secs(self.settings.wait_max_secs);
+            let ending = async {
+                session.end(EndSignal::Kill, Duration::ZERO).await;
+                session.over(wait).await;
+            };
+            let _ = timeout(wait, ending).await;
         }
         self.store.forget_session(&session.id).await?;
         if self.entries.remove(&session.id).is_some() {
             self.give_back(&session.workspace);
         }
+        session.gone.cancel();
+        session.task_ended.cancelled().await;
         let path = self.directory_of(&session.id);
         let removed = tokio::task::spawn_blocking(move || Journal::remove(&path)).await;
         if let Ok(Err(error)) = removed {
@@ -613,32 +658,47 @@ impl Sessions {
         Ok(())
     }
 
-    /// Ends the conversations of sessions on an executor that may no longer be reached, of one workspace or of all: their
-    /// tasks look the right up again, and find that it is gone.
-    pub fn let_go(&self, workspace: Option<&WorkspaceId>, executor: &ExecutorId) {
+    /// Ends the sessions of a workspace, or of all, on an executor, or on all, that may no longer be reached: at once
+    /// nothing more is written to their processes, which are then killed where the executor still answers.
+    pub fn withdraw(&self, workspace: Option<&WorkspaceId>, executor: Option<&ExecutorId>) {
         for session in &self.entries {
-            let concerned = session.row().executor == *executor && workspace.is_none_or(|of| session.workspace == *of);
-            if concerned && let Some(client) = session.client.borrow().as_ref() {
-                client.close();
+            let concerned = executor.is_none_or(|of| session.row().executor == *of)
+                && workspace.is_none_or(|of| session.workspace == *of);
+            if !concerned || session.status().state.is_final() {
+                continue;
             }
+            session.withdrawn.cancel();
+            session.change(|row| row.detail = Some(process::WITHDRAWN.into()));
+            let session = session.clone();
+            self.tasks.spawn(async move {
+                let _ = timeout(WITHDRAW_WAIT, session.end(EndSignal::Kill, Duration::ZERO)).await;
+                session.over(WITHDRAW_WAIT).await;
+                // Its task looks the right up again, and finds that it is gone.
+                if let Some(client) = session.client.borrow().as_ref() {
+                    client.close();
+                }
+            });
         }
     }
 
     /// Forgets what was not used for too long; a running process is ended first.
     pub async fn expire(&self) {
         let entries: Vec<Arc<Session>> = self.entries.iter().map(|entry| entry.clone()).collect();
-        for session in entries {
+        let expired = entries.into_iter().filter(|session| {
             let bound = if session.status().state.is_final() {
                 self.settings.idle_secs
             } else {
                 self.settings.running_idle_secs
             };
-            if session.idle() >= Duration::from_secs(bound)
-                && let Err(error) = self.forget(&session).await
-            {
+            session.idle() >= Duration::from_secs(bound)
+        });
+        // At once: one executor that does not answer keeps no other session.
+        let forgotten = expired.map(async |session| {
+            if let Err(error) = self.forget(&session).await {
                 tracing::warn!(session = %session.id, %error, "an expired session was not forgotten");
             }
-        }
+        });
+        futures_util::future::join_all(forgotten).await;
     }
 
     /// Frees disk space where output takes more than it may: forgets the oldest finished sessions, then has running ones

@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout_at};
 
 use super::{EndSignal, Session, Sessions, StdinMode};
 use crate::config::Secret;
@@ -38,8 +38,16 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// Interval in which the journal is synced to the disk while output comes.
 const SYNC_EVERY: Duration = Duration::from_secs(1);
 
-/// Events journalled in one write.
+/// Events journalled together.
 const BATCH_EVENTS: usize = 128;
+
+/// Bytes of one write to the journal: small enough for the smallest quota, and for the memory tail to share its buffer.
+const WRITE_BYTES: usize = 128 * 1024;
+
+/// How long, and by how many events, live events may stand before one that has not come yet: then it is looked for in
+/// the executor's ring.
+const HOLE_WAIT: Duration = Duration::from_millis(100);
+const HOLE_EVENTS: usize = 512;
 
 /// Live events kept while the executor's ring is read; each carries at most 8 KiB.
 const EARLY_EVENTS_MAX: usize = 8192;
@@ -59,6 +67,9 @@ code=$?
 kill "$feeder" 2>/dev/null
 exit "$code""#;
 
+/// What is known about the end of a session whose workspace lost its right.
+pub(super) const WITHDRAWN: &str = "the environment was taken from the workspace";
+
 /// Why a conversation could not be opened.
 #[derive(Debug, thiserror::Error)]
 enum AttachError {
@@ -66,7 +77,7 @@ enum AttachError {
     #[error("the executor no longer has the process")]
     Gone,
     /// The workspace may no longer reach the executor.
-    #[error("the environment was taken from the workspace")]
+    #[error("{WITHDRAWN}")]
     Unbound,
     /// Worth another try: the executor still holds the former stream, or the store does not answer.
     #[error("the executor was not reached again")]
@@ -100,6 +111,8 @@ struct Task {
     /// so the order of arrival is not quite that of the numbers.
     early: BTreeMap<u64, Event>,
     exit_code: Option<i32>,
+    /// Whether the number that stands for the exit is behind us.
+    exit_told: bool,
     deadline: Option<Instant>,
 }
 
@@ -125,11 +138,15 @@ pub(super) async fn run(sessions: Arc<Sessions>, session: Arc<Session>, journal:
         mark,
         early: BTreeMap::new(),
         exit_code: None,
+        exit_told: false,
         deadline,
     };
+    let gone = task.session.gone.clone();
+    let _ended = task.session.task_ended.clone().drop_guard();
     tokio::select! {
         () = task.drive() => {}
         () = stop.cancelled() => {}
+        () = gone.cancelled() => {}
     }
     task.session.client.send_replace(None);
     task.sync().await;
@@ -150,7 +167,13 @@ impl Task {
     async fn attach(&mut self) -> Option<Client> {
         let until = Instant::now() + Duration::from_secs(self.sessions.settings.retention_secs);
         loop {
-            let failure = match self.try_attach().await {
+            // A start takes as long as its caller waits; after a loss the executor keeps the process only for so long.
+            let attached = if self.session.row().executor_session.is_none() {
+                self.try_attach().await
+            } else {
+                timeout_at(until, self.try_attach()).await.unwrap_or(Err(AttachError::Busy))
+            };
+            let failure = match attached {
                 Ok(client) => return Some(client),
                 Err(failure) => failure,
             };
@@ -176,6 +199,9 @@ impl Task {
 
     async fn try_attach(&mut self) -> Result<Client, AttachError> {
         let (id, executor) = (&self.session.workspace, self.session.row().executor);
+        if self.session.withdrawn.is_cancelled() {
+            return Err(AttachError::Unbound);
+        }
         let workspace = self.sessions.workspace(id).ok_or(AttachError::Unbound)?;
         let binding = match self.binding.take() {
             Some(binding) => binding,
@@ -236,8 +262,10 @@ impl Task {
     async fn live(&mut self, client: &Client, events: &mut mpsc::Receiver<ProcessEvent>) -> Outcome {
         let mut sync = interval(SYNC_EVERY);
         sync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut hole_until: Option<Instant> = None;
         loop {
-            let deadline = self.deadline.unwrap_or_else(|| Instant::now() + SYNC_EVERY * 2);
+            let never = || Instant::now() + SYNC_EVERY * 2;
+            let (deadline, hole) = (self.deadline.unwrap_or_else(never), hole_until.unwrap_or_else(never));
             tokio::select! {
                 event = events.recv() => {
                     let Some(event) = event else { return Outcome::Lost };
@@ -248,14 +276,23 @@ impl Task {
                     if self.take_in().await {
                         return Outcome::Over;
                     }
-                    // An event is missing that the ring still has.
-                    if !self.early.is_empty() && let Some(outcome) = self.read_ring(client, events).await {
+                    hole_until = match hole_until {
+                        _ if self.early.is_empty() => None,
+                        _ if self.early.len() >= HOLE_EVENTS => Some(Instant::now()),
+                        None => Some(Instant::now() + HOLE_WAIT),
+                        waiting => waiting,
+                    };
+                }
+                // An event is missing that the ring still has.
+                () = sleep_until(hole), if hole_until.is_some() => {
+                    hole_until = None;
+                    if let Some(outcome) = self.read_ring(client, events).await {
                         return outcome;
                     }
                 }
                 () = client.ended() => return Outcome::Lost,
                 _ = sync.tick() => self.sync().await,
-                () = tokio::time::sleep_until(deadline), if self.deadline.is_some() => {
+                () = sleep_until(deadline), if self.deadline.is_some() => {
                     self.deadline = None;
                     self.session.change(|row| row.detail = Some("timed out".into()));
                     let session = self.session.clone();
@@ -283,35 +320,36 @@ impl Task {
 
     /// The ring's content, then the live events behind it; true when the session is over.
     async fn catch_up(&mut self, page: ProcessOutputPage) -> bool {
+        // The ring holds the newest chunks without a hole. So a number before its first chunk is that of a chunk that
+        // was lost, and one behind it that is not there stands for the exit or for the end.
+        let end = page.next_seq.saturating_sub(1);
+        let oldest = page.chunks.first().map_or(page.next_seq, |chunk| chunk.seq);
         for chunk in page.chunks {
             let event = Event::Output { stream: chunk.stream, bytes: chunk.chunk.0 };
             self.early.entry(chunk.seq).or_insert(event);
         }
-        if page.exited {
-            self.exit_code = page.exit_code.or(self.exit_code);
-        }
-        // All numbers below the page's next one have been given out, so what is not here by now was lost in the ring,
-        // but for one number each that stands for the exit and for the end.
-        let spare = u64::from(page.exited) + u64::from(page.closed);
-        let end = page.next_seq.saturating_sub(1);
         let mut records = Records::default();
-        let mut missing = 0;
+        let (mut missing, mut without_chunk) = (0, 0);
         while self.mark < end {
-            let seq = self.mark + 1;
-            match self.early.remove(&seq) {
+            self.mark += 1;
+            match self.early.remove(&self.mark) {
                 Some(event) => {
-                    records.missing(missing, self.mark);
-                    missing = 0;
-                    self.mark = seq;
-                    self.apply(&mut records, seq, event);
+                    records.missing(std::mem::take(&mut missing), self.mark - 1);
+                    self.apply(&mut records, self.mark, event);
                 }
-                None => {
-                    missing += 1;
-                    self.mark = seq;
-                }
+                None if self.mark < oldest => missing += 1,
+                None => without_chunk += 1,
             }
         }
-        records.missing(missing.saturating_sub(spare), self.mark);
+        records.missing(missing, self.mark);
+        if page.exited {
+            self.exit_code = page.exit_code.or(self.exit_code);
+            if !self.exit_told && without_chunk <= u64::from(page.closed) {
+                // The exit came among the lost: other processes went on printing.
+                records.one_less_missing();
+            }
+            self.exit_told = true;
+        }
         self.append(records).await;
         if page.closed {
             self.finish(SessionState::Exited, None).await;
@@ -346,7 +384,10 @@ impl Task {
     fn apply(&mut self, records: &mut Records, seq: u64, event: Event) -> bool {
         match event {
             Event::Output { stream, bytes } => records.output(seq, stream, bytes),
-            Event::Exited { code } => self.exit_code = Some(code),
+            Event::Exited { code } => {
+                self.exit_code = Some(code);
+                self.exit_told = true;
+            }
             Event::Closed => return true,
         }
         false
@@ -503,37 +544,75 @@ impl Records {
         }
     }
 
+    /// Takes one off the first chunks that are missing.
+    fn one_less_missing(&mut self) {
+        let first = self.0.iter_mut().find_map(|record| match record {
+            Record::Missing { chunks, .. } => Some(chunks),
+            Record::Output { .. } => None,
+        });
+        if let Some(chunks) = first {
+            *chunks -= 1;
+        }
+    }
+
+    /// Journals all of it, whatever the disk does.
+    ///
+    /// # Errors
+    /// The disk's first failure; from then on the journal goes on in memory.
     fn write(self, journal: &mut Journal, tty: bool) -> Result<(), JournalError> {
+        let mut result = Ok(());
         let mut outputs = Vec::new();
+        let mut bytes_waiting = 0;
         for record in &self.0 {
             match record {
-                Record::Output { tag, mark, bytes } => outputs.push(Append { tag: *tag, mark: *mark, bytes }),
-                Record::Missing { chunks, mark } => {
-                    append_or_keep(journal, &outputs)?;
-                    outputs.clear();
+                Record::Output { tag, mark, bytes } => {
+                    if bytes_waiting + bytes.len() > WRITE_BYTES {
+                        result = result.and(append(journal, &std::mem::take(&mut outputs)));
+                        bytes_waiting = 0;
+                    }
+                    bytes_waiting += bytes.len();
+                    outputs.push(Append { tag: *tag, mark: *mark, bytes });
+                }
+                Record::Missing { chunks, mark } if *chunks > 0 => {
+                    result = result.and(append(journal, &std::mem::take(&mut outputs)));
+                    bytes_waiting = 0;
                     // Nobody knows which stream the missing chunks were of, so neither is whole any more.
                     let tags: &[(u8, u64)] = if tty { &[(2, *chunks)] } else { &[(0, *chunks), (1, 0)] };
                     for (tag, chunks) in tags {
-                        journal.append_gap(*tag, None, *chunks, *mark)?;
+                        let gap = |journal: &mut Journal| journal.append_gap(*tag, None, *chunks, *mark).map(drop);
+                        result = result.and(or_in_memory(journal, gap));
                     }
                 }
+                Record::Missing { .. } => {}
             }
         }
-        append_or_keep(journal, &outputs)
+        result.and(append(journal, &outputs))
     }
 }
 
-/// A disk that fails must not stop the process: its newest output stays readable from memory.
-fn append_or_keep(journal: &mut Journal, outputs: &[Append<'_>]) -> Result<(), JournalError> {
+fn append(journal: &mut Journal, outputs: &[Append<'_>]) -> Result<(), JournalError> {
     if outputs.is_empty() {
         return Ok(());
     }
-    match journal.append(outputs) {
-        Ok(_) => Ok(()),
-        Err(error) => {
-            journal.continue_in_memory();
-            journal.append(outputs)?;
-            Err(error)
+    or_in_memory(journal, |journal| match journal.append(outputs) {
+        Err(JournalError::TooLarge { .. }) => {
+            // One chunk that is larger than half of the quota: its bytes are named as missing.
+            for output in outputs {
+                journal.append_gap(output.tag, Some(output.bytes.len() as u64), 1, output.mark)?;
+            }
+            Ok(())
         }
-    }
+        appended => appended.map(drop),
+    })
+}
+
+/// A disk that fails must not stop the process: its newest output stays readable from memory.
+fn or_in_memory(
+    journal: &mut Journal,
+    append: impl Fn(&mut Journal) -> Result<(), JournalError>,
+) -> Result<(), JournalError> {
+    let Err(error) = append(journal) else { return Ok(()) };
+    journal.continue_in_memory();
+    append(journal)?;
+    Err(error)
 }

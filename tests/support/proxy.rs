@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
@@ -10,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 pub struct Proxy {
     pub address: SocketAddr,
     connections: Arc<std::sync::Mutex<CancellationToken>>,
+    shut: Arc<AtomicBool>,
     stop: CancellationToken,
 }
 
@@ -18,9 +20,10 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let connections = Arc::new(std::sync::Mutex::new(CancellationToken::new()));
+        let shut = Arc::new(AtomicBool::new(false));
         let stop = CancellationToken::new();
         tokio::spawn({
-            let (connections, stop) = (connections.clone(), stop.clone());
+            let (connections, shut, stop) = (connections.clone(), shut.clone(), stop.clone());
             async move {
                 loop {
                     let accepted = tokio::select! {
@@ -28,6 +31,9 @@ impl Proxy {
                         () = stop.cancelled() => return,
                     };
                     let Ok((mut inner, _)) = accepted else { continue };
+                    if shut.load(Ordering::SeqCst) {
+                        continue;
+                    }
                     let (cut, stop) = (connections.lock().unwrap().clone(), stop.clone());
                     tokio::spawn(async move {
                         let Ok(mut outer) = TcpStream::connect(target).await else { return };
@@ -40,13 +46,25 @@ impl Proxy {
                 }
             }
         });
-        Self { address, connections, stop }
+        Self { address, connections, shut, stop }
     }
 
     /// Cuts every connection there is now; later ones are forwarded.
     pub fn cut(&self) {
         let former = std::mem::take(&mut *self.connections.lock().unwrap());
         former.cancel();
+    }
+}
+
+impl Proxy {
+    /// Cuts every connection, and those that come, until [`Self::open`].
+    pub fn shut(&self) {
+        self.shut.store(true, Ordering::SeqCst);
+        self.cut();
+    }
+
+    pub fn open(&self) {
+        self.shut.store(false, Ordering::SeqCst);
     }
 }
 

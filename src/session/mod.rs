@@ -4,6 +4,7 @@
 //! the executor and its journal; callers read the journal and give orders. Sessions outlive links, callers and the
 //! gateway process itself.
 
+mod place;
 mod process;
 mod stdin;
 
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
@@ -31,6 +33,7 @@ use crate::store::{Binding, Reserved, SessionRow, SessionState, Store, StoreErro
 use crate::workspace::Workspace;
 use crate::workspace::cache::Workspaces;
 
+pub use place::StreamPlace;
 pub use stdin::{StdinError, WriteOrder, Written};
 
 /// Numbers of output start where the original's do.
@@ -76,6 +79,9 @@ pub enum SessionError {
     /// The workspace has as many sessions as it may.
     #[error("the workspace has {0} sessions already")]
     TooMany(usize),
+    /// The workspace has as many live streams open as it may.
+    #[error("the workspace has {0} live streams open already")]
+    TooManyStreams(usize),
     /// The start key was used for something else.
     #[error("the idempotency key was used for another request")]
     KeyConflict,
@@ -160,6 +166,7 @@ pub struct Session {
     /// One writer at a time; each brings its bytes behind those of the one before.
     writing: tokio::sync::Mutex<()>,
     used: Mutex<Instant>,
+    forgotten: CancellationToken,
 }
 
 /// How a process is asked to end.
@@ -195,6 +202,11 @@ impl Session {
     /// Counts as use, so that the session is kept.
     pub fn touch(&self) {
         *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Waits until the session is forgotten; from then on its output is no longer there.
+    pub async fn forgotten(&self) {
+        self.forgotten.cancelled().await;
     }
 
     fn idle(&self) -> Duration {
@@ -295,10 +307,11 @@ pub struct Sessions {
     auth: Auth,
     workspaces: Arc<Workspaces>,
     entries: DashMap<SessionId, Arc<Session>>,
+    places: place::Places,
     /// One process task per session that is not over.
     pub tasks: TaskTracker,
     /// Cancelled when the gateway stops: tasks let go of their processes, which live on at the executor.
-    pub stop: tokio_util::sync::CancellationToken,
+    pub stop: CancellationToken,
 }
 
 impl Sessions {
@@ -323,8 +336,9 @@ impl Sessions {
             auth,
             workspaces,
             entries: DashMap::new(),
+            places: place::Places::default(),
             tasks: TaskTracker::new(),
-            stop: tokio_util::sync::CancellationToken::new(),
+            stop: CancellationToken::new(),
         });
         for row in rows {
             let id = row.id.clone();
@@ -382,6 +396,7 @@ impl Sessions {
             journal: journal.reader().clone(),
             row: Mutex::new(row),
             used: Mutex::new(Instant::now()),
+            forgotten: CancellationToken::new(),
         });
         self.entries.insert(session.id.clone(), session.clone());
         if !session.status().state.is_final() {
@@ -511,6 +526,15 @@ impl Sessions {
         if session.workspace == *workspace { Ok(session) } else { Err(unknown()) }
     }
 
+    /// Takes one of the workspace's places for streams that follow a session live.
+    ///
+    /// # Errors
+    /// [`SessionError::TooManyStreams`] when all are taken; nothing waits.
+    pub fn open_stream(&self, workspace: &WorkspaceId) -> Result<StreamPlace, SessionError> {
+        let places_max = self.settings.streams_max;
+        self.places.take(workspace, places_max).ok_or(SessionError::TooManyStreams(places_max))
+    }
+
     /// The workspace's sessions, oldest first.
     pub fn of(&self, workspace: &WorkspaceId) -> Vec<Arc<Session>> {
         let mut sessions: Vec<_> =
@@ -540,6 +564,8 @@ impl Sessions {
         }
         self.store.forget_session(&session.id).await?;
         self.entries.remove(&session.id);
+        // Before the files go: a reader must not take them for lost.
+        session.forgotten.cancel();
         let path = self.directory_of(&session.id);
         let removed = tokio::task::spawn_blocking(move || Journal::remove(&path)).await;
         if let Ok(Err(error)) = removed {

@@ -3,6 +3,7 @@
 
 mod support;
 
+mod attach;
 mod cli;
 mod files;
 mod limits;

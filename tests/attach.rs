@@ -383,7 +383,7 @@ async fn head_and_tail_of_a_running_process_are_its_first_and_last_bytes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_stops_holds_up_neither_the_process_nor_another_reader() {
     let bench = Workbench::with(|config| config.session.memory_bytes_max = 64 * 1024).await;
-    let sent = noise(3, 24 * MIB);
+    let sent = noise(3, 12 * MIB);
     std::fs::write(bench.file("noise"), &sent).unwrap();
     let session = start(&bench, json!({ "command": "read x; cat noise", "label": "loud" })).await;
     let other = start(&bench, json!({ "command": ["cat"] })).await;
@@ -436,6 +436,51 @@ async fn a_forgotten_session_ends_its_streams() {
     assert!(events.next().await.is_none());
     assert_eq!(attached.closed().await, 1000);
     assert_eq!(Events::ask(&bench.caller, &session, None).await.status(), 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_of_a_forgotten_session_is_told_so_and_not_that_output_was_lost() {
+    let bench = Workbench::start().await;
+    std::fs::write(bench.file("noise"), noise(4, 12 * MIB)).unwrap();
+    let session = start(&bench, json!({ "command": ["cat", "noise"] })).await;
+    printed(&bench.caller, &session, 12 * MIB).await;
+    // More than the sockets between hold, so that the rest is still unread when it is forgotten.
+    let mut events = Events::of(&bench.caller, &session, None).await;
+    events.expect("chunk").await;
+    assert_eq!(bench.caller.send("DELETE", &session, &[], "").await.status, 200);
+    let last = loop {
+        let event = events.next().await.unwrap();
+        if event.name != "chunk" {
+            break event.name;
+        }
+    };
+    assert_eq!(last, "forgotten");
+    assert!(events.next().await.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attached_caller_that_takes_nothing_or_is_silent_loses_its_socket() {
+    let bench = Workbench::with(|config| {
+        config.session.streams_max = 1;
+        config.link.write_timeout_secs = 1;
+        config.link.ping_secs = 1;
+        config.link.dead_secs = 4;
+    })
+    .await;
+    std::fs::write(bench.file("noise"), noise(5, 12 * MIB)).unwrap();
+    for command in ["cat noise; cat", "cat"] {
+        let session = start(&bench, json!({ "command": command })).await;
+        // Nobody reads from it: neither output nor pings.
+        let unread = Attached::to(&bench.caller, &session, "").await;
+        assert_eq!(Events::ask(&bench.caller, &session, None).await.status(), 429);
+        eventually("its place is free", async || {
+            (Events::ask(&bench.caller, &session, None).await.status() == 200).then_some(())
+        })
+        .await;
+        drop(unread);
+        let shown = bench.caller.send("GET", &session, &[], "").await.json();
+        assert_eq!(shown["state"], "running");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

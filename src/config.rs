@@ -233,6 +233,8 @@ config! {
         page_bytes: usize = 1024 * 1024 => 1024..=64 * 1024 * 1024,
         /// Output that one answer carries at most, in bytes.
         page_bytes_max: usize = 8 * 1024 * 1024 => 1024..=64 * 1024 * 1024,
+        /// Streams of one workspace that follow sessions live, as events or attached; a further one gets 429.
+        streams_max: usize = 128 => 1..=100_000,
         /// Longest time a caller may wait for new output, or for stdin to be accepted, in seconds.
         wait_max_secs: u64 = 25 => 1..=28,
         /// How long an executor keeps the processes of a link that it lost, in seconds; codex keeps them 80 s.

@@ -107,6 +107,7 @@ impl Drop for Gateway {
         self.ops_accepting.cancel();
         self.background.cancel();
         self.drain.cancel();
+        self.api.draining.cancel();
         self.api.sessions.stop.cancel();
         self.api.corridor.registry.close_all(CloseReason::Draining);
     }
@@ -235,11 +236,14 @@ impl Gateway {
         tracing::info!("draining");
         sleep(Duration::from_secs(drain.announce_secs)).await;
 
-        self.api.draining.store(true, Ordering::Relaxed);
+        self.api.draining.cancel();
         self.drain.cancel();
         self.connections.close();
-        if timeout(Duration::from_secs(drain.grace_secs), self.connections.wait()).await.is_err() {
-            tracing::warn!(connections = self.connections.len(), "calls outlived the grace and are cut");
+        self.api.sockets.close();
+        let ended = async { tokio::join!(self.connections.wait(), self.api.sockets.wait()) };
+        if timeout(Duration::from_secs(drain.grace_secs), ended).await.is_err() {
+            let (connections, sockets) = (self.connections.len(), self.api.sockets.len());
+            tracing::warn!(connections, sockets, "calls outlived the grace and are cut");
         }
 
         // Their processes live on at the executors; output that came until now is on disk.

@@ -3,6 +3,7 @@
 
 mod support;
 
+mod attach;
 mod cli;
 mod endure;
 mod files;

@@ -192,6 +192,7 @@ impl From<&SessionError> for ApiError {
         match error {
             SessionError::Unknown(_) => Self::new(404, "session_not_found", message),
             SessionError::TooMany(_) => Self::new(429, "too_many_sessions", message).retry_after(5),
+            SessionError::TooManyStreams(_) => Self::new(429, "too_many_streams", message).retry_after(5),
             SessionError::KeyConflict => Self::new(409, "idempotency_conflict", message),
             SessionError::Store(_) | SessionError::Disk(_) => {
                 Self::new(503, "store_unavailable", message).retry_after(2).caused_by(error)

@@ -338,9 +338,7 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     // A registration without a ticket is still an executor, to whom 401 is never said.
     let ticket = ticket.unwrap_or_default();
     upgrade::check(request.headers())?;
-    if api.draining.load(std::sync::atomic::Ordering::Relaxed) {
-        return Err(ApiError::new(503, "draining", "the gateway is restarting").retry_after(1));
-    }
+    api.refuse_while_draining()?;
     let unknown = || register_again("unknown_route");
     let executor = ExecutorId::new(id).map_err(|_| unknown())?;
     api.corridor.auth.tickets().verify(&ticket, &executor).map_err(|error| {

@@ -5,7 +5,7 @@ pub mod executor;
 pub mod processes;
 pub mod rest;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
@@ -14,6 +14,7 @@ use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde::Serialize;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::error::ApiError;
@@ -44,8 +45,10 @@ pub struct Api {
     pub metrics: Arc<Metrics>,
     /// Tasks that own an executor's socket.
     pub links: TaskTracker,
-    /// Set while the gateway stops: new calls are refused.
-    pub draining: AtomicBool,
+    /// Tasks that own a caller's socket.
+    pub sockets: TaskTracker,
+    /// Cancelled when the gateway stops: new calls are refused, live streams say so and end.
+    pub draining: CancellationToken,
     router: Router,
 }
 
@@ -66,7 +69,8 @@ impl Api {
             corridor,
             metrics,
             links: TaskTracker::new(),
-            draining: AtomicBool::new(false),
+            sockets: TaskTracker::new(),
+            draining: CancellationToken::new(),
             router: Router::new(),
         }
     }
@@ -113,6 +117,7 @@ impl Api {
             Route::ProcessShow => processes::show(&self, &parameter, request).await,
             Route::ProcessForget => processes::forget(&self, &parameter, request).await,
             Route::ProcessOutput => processes::output(&self, &parameter, request).await,
+            Route::ProcessAttach => processes::attach(&self, &parameter, request).await,
             Route::ProcessStdin => processes::stdin(&self, &parameter, request).await,
             Route::ProcessTerminate => processes::terminate(&self, &parameter, request).await,
             Route::RegisterCodex => executor::register(&self, executor::Door::Codex, &parameter, request).await,
@@ -127,7 +132,7 @@ impl Api {
     }
 
     fn refuse_while_draining(&self) -> Result<(), ApiError> {
-        if self.draining.load(Ordering::Relaxed) {
+        if self.draining.is_cancelled() {
             return Err(ApiError::new(503, "draining", "the gateway is restarting").retry_after(1));
         }
         Ok(())

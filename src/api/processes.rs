@@ -1,4 +1,9 @@
-//! Process sessions of a workspace over HTTP: output, stdin, terminate, list (connectors-api.md §2.2, §5).
+//! Process sessions of a workspace over HTTP: output, stdin, terminate, list (connectors-api.md §2.2, §5); the doors that
+//! stay open are in `events` and `attach`.
+
+mod attach;
+mod events;
+mod live;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -16,9 +21,11 @@ use super::error::ApiError;
 use super::rest::{caller, field_error};
 use super::{Api, json as json_answer, query_parameter};
 use crate::edge::body::{self, Body};
-use crate::journal::{JournalError, Lost, Page};
+use crate::journal::{JournalError, Lost, Page, Record};
 use crate::session::{EndSignal, Session, StdinMode, WriteOrder};
 use crate::time::rfc3339;
+
+pub use attach::attach;
 
 /// How long an ended process may take to be gone before the answer says only that it was asked.
 const END_CONFIRM: Duration = Duration::from_secs(10);
@@ -142,6 +149,9 @@ impl OutputQuery {
 
 /// `GET …/processes/{sid}/output`
 pub async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    if events::wanted(request.headers()) {
+        return events::output(api, id, request).await;
+    }
     let session = session(api, id, &request).await?;
     session.touch();
     let query = OutputQuery::parse(api, request.uri().query().unwrap_or_default())?;
@@ -154,9 +164,15 @@ pub async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Res
         let status = changes.borrow_and_update().clone();
         let page = page(&session, &query).await?;
         let nothing = page.records.is_empty() && page.lost.is_none();
-        if nothing && !status.state.is_final() && timeout_at(until, changes.changed()).await.is_ok_and(|ok| ok.is_ok())
-        {
-            continue;
+        if nothing && !status.state.is_final() {
+            let changed = tokio::select! {
+                changed = timeout_at(until, changes.changed()) => changed.is_ok_and(|changed| changed.is_ok()),
+                // The next gateway knows as much; a restart is not held up for those who wait.
+                () = api.draining.cancelled() => false,
+            };
+            if changed {
+                continue;
+            }
         }
         session.touch();
         // The exit is told on the page that reaches the end, and on every later empty one.
@@ -246,24 +262,20 @@ fn stream_name(tag: u8) -> &'static str {
 }
 
 fn chunks(page: &Page) -> Vec<Value> {
-    page.records
-        .iter()
-        .map(|record| match &record.gap {
-            None => json!({
-                "seq": record.seq,
-                "stream": stream_name(record.tag),
-                "offset": record.offset,
-                "data_b64": STANDARD.encode(&record.bytes),
-            }),
-            Some(gap) => json!({
-                "seq": record.seq,
-                "stream": stream_name(record.tag),
-                "offset": record.offset,
-                "data_b64": "",
-                "gap": { "chunks": gap.chunks, "bytes": gap.bytes },
-            }),
-        })
-        .collect()
+    page.records.iter().map(chunk).collect()
+}
+
+fn chunk(record: &Record) -> Value {
+    let mut chunk = json!({
+        "seq": record.seq,
+        "stream": stream_name(record.tag),
+        "offset": record.offset,
+        "data_b64": STANDARD.encode(&record.bytes),
+    });
+    if let Some(gap) = &record.gap {
+        chunk["gap"] = json!({ "chunks": gap.chunks, "bytes": gap.bytes });
+    }
+    chunk
 }
 
 /// Everything that is known about the end.
@@ -309,22 +321,28 @@ struct StdinBody {
     eof: bool,
 }
 
+impl StdinBody {
+    fn order(self, session: &Session) -> Result<WriteOrder, ApiError> {
+        let bytes = STANDARD
+            .decode(self.data_b64.unwrap_or_default())
+            .map_err(|_| ApiError::new(400, "bad_base64", "data_b64: expected standard base64 with padding"))?;
+        if self.eof && session.request.stdin != StdinMode::Stream {
+            return Err(ApiError::new(
+                409,
+                "eof_unsupported",
+                "the stdin of this session has no end; start it with stdin \"stream\"",
+            ));
+        }
+        Ok(WriteOrder { offset: self.offset, bytes: Bytes::from(bytes), eof: self.eof })
+    }
+}
+
 /// `POST …/processes/{sid}/stdin`
 pub async fn stdin(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     api.refuse_while_draining()?;
     let session = changed_session(api, id, &request).await?;
     let body: StdinBody = read_json(api, request).await?;
-    let bytes = STANDARD
-        .decode(body.data_b64.unwrap_or_default())
-        .map_err(|_| ApiError::new(400, "bad_base64", "data_b64: expected standard base64 with padding"))?;
-    if body.eof && session.request.stdin != StdinMode::Stream {
-        return Err(ApiError::new(
-            409,
-            "eof_unsupported",
-            "the stdin of this session has no end; start it with stdin \"stream\"",
-        ));
-    }
-    let order = WriteOrder { offset: body.offset, bytes: Bytes::from(bytes), eof: body.eof };
+    let order = body.order(&session)?;
     let wait = Duration::from_secs(api.config.session.wait_max_secs);
     let written = session.write(&api.corridor.store, order, wait).await?;
     Ok(json_answer(&json!({ "ok": true, "accepted": written.accepted, "eof": written.eof })))
@@ -339,13 +357,19 @@ struct TerminateBody {
     grace_ms: Option<u64>,
 }
 
+impl TerminateBody {
+    fn order(&self) -> (EndSignal, Duration) {
+        let grace = self.grace_ms.map_or(Duration::from_secs(5), Duration::from_millis);
+        (self.signal.unwrap_or(EndSignal::Kill), grace.min(GRACE_MAX))
+    }
+}
+
 /// `POST …/processes/{sid}/terminate`: kills at once unless the body says otherwise; confirmed by the exit where it
 /// comes soon.
 pub async fn terminate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let session = changed_session(api, id, &request).await?;
     let body: TerminateBody = read_json(api, request).await?;
-    let signal = body.signal.unwrap_or(EndSignal::Kill);
-    let grace = body.grace_ms.map_or(Duration::from_secs(5), Duration::from_millis).min(GRACE_MAX);
+    let (signal, grace) = body.order();
     let ending = {
         let session = session.clone();
         // Goes on when the caller leaves.
@@ -361,7 +385,16 @@ async fn read_json<T: serde::de::DeserializeOwned>(api: &Api, request: Request<I
     let edge = &api.config.edge;
     let body =
         body::read(request.into_body(), edge.body_bytes_max, Duration::from_secs(edge.body_timeout_secs)).await?;
-    let text: &[u8] = if body.is_empty() { b"{}" } else { &body };
-    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(text))
-        .map_err(|error| bad_request(field_error("", &error)))
+    object(if body.is_empty() { b"{}" } else { &body })
+}
+
+fn object<T: serde::de::DeserializeOwned>(text: &[u8]) -> Result<T, ApiError> {
+    // serde reads a struct from an array too, member by member.
+    if text.trim_ascii_start().first() == Some(&b'[') {
+        return Err(bad_request("expected an object"));
+    }
+    let mut json = serde_json::Deserializer::from_slice(text);
+    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| bad_request(field_error("", &error)))?;
+    json.end().map_err(|error| bad_request(error.to_string()))?;
+    Ok(value)
 }

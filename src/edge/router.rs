@@ -20,6 +20,8 @@ pub enum Route {
     ProcessForget,
     /// Output of a process session.
     ProcessOutput,
+    /// A caller attaches to a process session.
+    ProcessAttach,
     /// Input for a process session.
     ProcessStdin,
     /// A process session is to end.
@@ -56,6 +58,7 @@ impl Route {
             | Self::ProcessShow
             | Self::ProcessForget
             | Self::ProcessOutput
+            | Self::ProcessAttach
             | Self::ProcessStdin
             | Self::ProcessTerminate
             | Self::RegisterCodex
@@ -92,6 +95,7 @@ impl Router {
             add(Method::GET, &format!("{base}/processes/{{sid}}"), Route::ProcessShow);
             add(Method::DELETE, &format!("{base}/processes/{{sid}}"), Route::ProcessForget);
             add(Method::GET, &format!("{base}/processes/{{sid}}/output"), Route::ProcessOutput);
+            add(Method::GET, &format!("{base}/processes/{{sid}}/attach"), Route::ProcessAttach);
             add(Method::POST, &format!("{base}/processes/{{sid}}/stdin"), Route::ProcessStdin);
             add(Method::POST, &format!("{base}/processes/{{sid}}/terminate"), Route::ProcessTerminate);
         }

@@ -155,7 +155,9 @@ impl JournalReader {
             let state = self.state();
             (state.head.origin, state.first_seq())
         };
-        let mut page = Collector::new(after_seq.max(origin - 1), first_available_seq, wish);
+        // No record has the highest number, so that there is always a next one.
+        let after_seq = after_seq.clamp(origin - 1, u64::MAX - 1);
+        let mut page = Collector::new(after_seq, first_available_seq, wish);
         while !page.full {
             let next_seq = page.page.next_seq + 1;
             if next_seq >= wish.until {

@@ -4,15 +4,16 @@
 //! the executor and its journal; callers read the journal and give orders. Sessions outlive links, callers and the
 //! gateway process itself.
 
+mod place;
 mod process;
 mod quota;
 mod stdin;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use dashmap::DashMap;
@@ -35,8 +36,10 @@ use crate::store::{Binding, Reserved, SessionRow, SessionState, Store, StoreErro
 use crate::workspace::Workspace;
 use crate::workspace::cache::Workspaces;
 
+use self::place::Places;
 use self::quota::{Relief, Usage};
 
+pub use place::Place;
 pub use stdin::{StdinError, WriteOrder, Written};
 
 /// Numbers of output start where the original's do.
@@ -88,6 +91,9 @@ pub enum SessionError {
     /// The workspace has as many sessions as it may.
     #[error("the workspace has {0} sessions already")]
     TooMany(usize),
+    /// The workspace has as many live streams open as it may.
+    #[error("the workspace has {0} live streams open already")]
+    TooManyStreams(usize),
     /// The start key was used for something else.
     #[error("the idempotency key was used for another request")]
     KeyConflict,
@@ -161,10 +167,12 @@ pub struct Session {
     /// One writer at a time; each brings its bytes behind those of the one before.
     writing: tokio::sync::Mutex<()>,
     used: Mutex<Instant>,
+    /// Its workspace's place for it, until it is forgotten.
+    place: Mutex<Option<Place>>,
     /// Its right to the executor was taken away: nothing more is written to the process.
     withdrawn: CancellationToken,
     /// The session is forgotten: its task lets go.
-    gone: CancellationToken,
+    forgotten: CancellationToken,
     /// Its task has ended, or it never had one.
     task_ended: CancellationToken,
     /// Bytes that the journal may take on disk; lowered when the disk is wanted for others.
@@ -204,6 +212,11 @@ impl Session {
     /// Counts as use, so that the session is kept.
     pub fn touch(&self) {
         *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Waits until the session is forgotten; from then on its output is no longer there.
+    pub async fn forgotten(&self) {
+        self.forgotten.cancelled().await;
     }
 
     fn idle(&self) -> Duration {
@@ -310,26 +323,6 @@ impl Session {
     }
 }
 
-/// A place for a session that is being started; given back unless the session is entered.
-struct Place {
-    sessions: Arc<Sessions>,
-    workspace: Option<WorkspaceId>,
-}
-
-impl Place {
-    fn keep(mut self) {
-        self.workspace = None;
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Some(workspace) = &self.workspace {
-            self.sessions.give_back(workspace);
-        }
-    }
-}
-
 /// What the sessions of a gateway share.
 pub struct Sessions {
     settings: config::Sessions,
@@ -339,8 +332,10 @@ pub struct Sessions {
     auth: Auth,
     workspaces: Arc<Workspaces>,
     entries: DashMap<SessionId, Arc<Session>>,
-    /// Sessions of each workspace, those being started included.
-    held: Mutex<HashMap<WorkspaceId, usize>>,
+    /// Places for sessions.
+    session_places: Places,
+    /// Places for live streams of their output.
+    stream_places: Places,
     /// One process task per session that is not over.
     pub tasks: TaskTracker,
     /// Cancelled when the gateway stops: tasks let go of their processes, which live on at the executor.
@@ -369,7 +364,8 @@ impl Sessions {
             auth,
             workspaces,
             entries: DashMap::new(),
-            held: Mutex::default(),
+            session_places: Places::default(),
+            stream_places: Places::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -413,8 +409,9 @@ impl Sessions {
             journal => journal,
         });
         let journal = opened.await.map_err(|error| JournalError::Disk(std::io::Error::other(error)))??;
-        *self.held().entry(row.workspace.clone()).or_default() += 1;
-        self.enter(row, request, journal, None);
+        // The bound may have been lowered since it was started.
+        let Some(place) = self.session_places.take(&row.workspace, usize::MAX) else { return Ok(()) };
+        self.enter(row, request, journal, place, None);
         Ok(())
     }
 
@@ -435,6 +432,7 @@ impl Sessions {
         row: SessionRow,
         request: StartRequest,
         journal: Journal,
+        place: Place,
         binding: Option<Binding>,
     ) -> Arc<Session> {
         let session = Arc::new(Session {
@@ -449,8 +447,9 @@ impl Sessions {
             journal: journal.reader().clone(),
             row: Mutex::new(row),
             used: Mutex::new(Instant::now()),
+            place: Mutex::new(Some(place)),
             withdrawn: CancellationToken::new(),
-            gone: CancellationToken::new(),
+            forgotten: CancellationToken::new(),
             task_ended: CancellationToken::new(),
             spill_bytes: AtomicU64::new(u64::MAX),
         });
@@ -516,7 +515,9 @@ impl Sessions {
                 Reserved::Known(known) => Ok::<_, SessionError>(Err(known)),
                 Reserved::New => {
                     // After the reservation: of many starts under one key only the first takes a place.
-                    let created = sessions.place(&row.workspace).and_then(|place| {
+                    let places_max = sessions.settings.workspace_max;
+                    let place = sessions.session_places.take(&row.workspace, places_max);
+                    let created = place.ok_or(SessionError::TooMany(places_max)).and_then(|place| {
                         let journal = Journal::create(&sessions.directory_of(&row.id), FIRST_SEQ, sessions.limits())?;
                         Ok((place, journal))
                     });
@@ -527,8 +528,7 @@ impl Sessions {
                             return Err(error);
                         }
                     };
-                    place.keep();
-                    Ok(Ok(sessions.enter(row, request, journal, Some(binding))))
+                    Ok(Ok(sessions.enter(row, request, journal, place, Some(binding))))
                 }
             }
         });
@@ -576,31 +576,6 @@ impl Sessions {
         }
     }
 
-    /// Takes one of the workspace's places for sessions.
-    fn place(self: &Arc<Self>, workspace: &WorkspaceId) -> Result<Place, SessionError> {
-        let mut held = self.held();
-        let count = held.entry(workspace.clone()).or_default();
-        if *count >= self.settings.workspace_max {
-            return Err(SessionError::TooMany(*count));
-        }
-        *count += 1;
-        Ok(Place { sessions: self.clone(), workspace: Some(workspace.clone()) })
-    }
-
-    fn give_back(&self, workspace: &WorkspaceId) {
-        let mut held = self.held();
-        if let Some(count) = held.get_mut(workspace) {
-            *count -= 1;
-            if *count == 0 {
-                held.remove(workspace);
-            }
-        }
-    }
-
-    fn held(&self) -> MutexGuard<'_, HashMap<WorkspaceId, usize>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The session of that id, if it is the workspace's own. A foreign one answers as an unknown one.
     ///
     /// # Errors
@@ -610,6 +585,15 @@ impl Sessions {
         let key = SessionId::new(id).map_err(|_| unknown())?;
         let session = self.entries.get(&key).map(|entry| entry.clone()).ok_or_else(unknown)?;
         if session.workspace == *workspace { Ok(session) } else { Err(unknown()) }
+    }
+
+    /// Takes one of the workspace's places for streams that follow a session live.
+    ///
+    /// # Errors
+    /// [`SessionError::TooManyStreams`] when all are taken; nothing waits.
+    pub fn open_stream(&self, workspace: &WorkspaceId) -> Result<Place, SessionError> {
+        let places_max = self.settings.streams_max;
+        self.stream_places.take(workspace, places_max).ok_or(SessionError::TooManyStreams(places_max))
     }
 
     /// The workspace's sessions, oldest first.
@@ -645,10 +629,10 @@ impl Sessions {
             let _ = timeout(wait, ending).await;
         }
         self.store.forget_session(&session.id).await?;
-        if self.entries.remove(&session.id).is_some() {
-            self.give_back(&session.workspace);
-        }
-        session.gone.cancel();
+        self.entries.remove(&session.id);
+        drop(session.place.lock().unwrap_or_else(PoisonError::into_inner).take());
+        // Before the files go: a reader must not take them for lost.
+        session.forgotten.cancel();
         session.task_ended.cancelled().await;
         let path = self.directory_of(&session.id);
         let removed = tokio::task::spawn_blocking(move || Journal::remove(&path)).await;

@@ -141,12 +141,12 @@ pub(super) async fn run(sessions: Arc<Sessions>, session: Arc<Session>, journal:
         exit_told: false,
         deadline,
     };
-    let gone = task.session.gone.clone();
+    let forgotten = task.session.forgotten.clone();
     let _ended = task.session.task_ended.clone().drop_guard();
     tokio::select! {
         () = task.drive() => {}
         () = stop.cancelled() => {}
-        () = gone.cancelled() => {}
+        () = forgotten.cancelled() => {}
     }
     task.session.client.send_replace(None);
     task.sync().await;

@@ -64,7 +64,8 @@ impl Caller {
         self.request(method, path, &[], body).await.unwrap()
     }
 
-    async fn request(
+    /// A request whose answer has begun, or the reason why it has not.
+    pub async fn request(
         &self,
         method: &str,
         path: &str,

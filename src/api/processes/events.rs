@@ -1,0 +1,161 @@
+//! Events: a session's output as Server-Sent Events, from where the caller left off to the exit.
+//!
+//! Owned by the body of one answer, which makes the next piece only when the one before was taken.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::{HeaderMap, Request, Response};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use super::live::{Cut, Follow, Live, Step};
+use super::{OutputQuery, bad_request, chunk, exit, lost};
+use crate::api::Api;
+use crate::api::error::ApiError;
+use crate::auth::bearer;
+use crate::edge::body::Body;
+use crate::journal::Page;
+
+/// Silence after which a comment is sent, so that proxies keep the connection and a caller that left is noticed.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// When a client comes back after the gateway has said that it restarts, in milliseconds.
+const RETRY_MS: u64 = 1000;
+
+/// Whether the caller asks for events.
+pub(super) fn wanted(headers: &HeaderMap) -> bool {
+    let lists = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    lists.flat_map(|list| list.split(',')).any(|entry| {
+        let media_type = entry.split(';').next().unwrap_or_default();
+        media_type.trim().eq_ignore_ascii_case("text/event-stream")
+    })
+}
+
+/// `GET …/processes/{sid}/output` with `Accept: text/event-stream`.
+pub(super) async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let live = Live::admit(api, id, bearer(request.headers())?).await?;
+    let query = OutputQuery::parse(api, request.uri().query().unwrap_or_default())?;
+    if query.offset.is_some() || query.head_tail.is_some() {
+        return Err(bad_request("events go by number: neither offset nor view"));
+    }
+    // A client that comes back by itself repeats the address of its first request, and this header overrules it.
+    let since = match request.headers().get("last-event-id") {
+        None => query.since,
+        Some(id) => {
+            let number = id.to_str().ok().and_then(|id| id.parse().ok());
+            number.ok_or_else(|| bad_request("Last-Event-ID: expected a number given as id before"))?
+        }
+    };
+    let follow = Follow::new(live.session.clone(), since, query.tag);
+    let frames = stream::unfold(Some(Events { live, follow }), |events| async {
+        let (piece, events) = events?.next().await;
+        Some((Ok::<_, Infallible>(Frame::data(Bytes::from(piece))), events))
+    });
+    let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    // nginx would collect events until it has a buffer full of them.
+    headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    Ok(response)
+}
+
+struct Events {
+    live: Live,
+    follow: Follow,
+}
+
+impl Events {
+    /// The next piece, and what makes the one after it.
+    async fn next(mut self) -> (String, Option<Self>) {
+        let step = tokio::select! {
+            biased;
+            cut = &mut self.live.cut => return (farewell(&cut), None),
+            step = timeout(KEEP_ALIVE, self.follow.next()) => step,
+        };
+        match step {
+            Err(_) => {
+                self.live.session.touch();
+                (": keep-alive\n\n".to_owned(), Some(self))
+            }
+            Ok(Ok(Step::Page(page))) => (page_events(&page), Some(self)),
+            Ok(Ok(Step::Exit)) => (event("exit", None, &exit(&self.live.session)), None),
+            Ok(Err(error)) => (event("failed", None, &told(&error)), None),
+        }
+    }
+}
+
+fn page_events(page: &Page) -> String {
+    let mut text = String::new();
+    if let Some(hole) = &page.lost {
+        text.push_str(&event("lost", Some(hole.seqs.end.saturating_sub(1)), &lost(hole)));
+    }
+    for record in &page.records {
+        let name = if record.gap.is_some() { "gap" } else { "chunk" };
+        text.push_str(&event(name, Some(record.seq), &chunk(record)));
+    }
+    text
+}
+
+fn farewell(cut: &Cut) -> String {
+    match cut {
+        Cut::Draining => format!("retry: {RETRY_MS}\n{}", event("draining", None, &json!({}))),
+        Cut::Forgotten => event("forgotten", None, &json!({})),
+        // Whoever holds the credential is told as at any door.
+        Cut::Revoked(refused) => event("revoked", None, &told(&ApiError::from(refused.clone()))),
+    }
+}
+
+fn told(error: &ApiError) -> Value {
+    json!({ "code": error.code(), "message": error.message() })
+}
+
+/// One event; JSON on one line has no line breaks that would end it early.
+fn event(name: &str, id: Option<u64>, data: &Value) -> String {
+    match id {
+        Some(id) => format!("id: {id}\nevent: {name}\ndata: {data}\n\n"),
+        None => format!("event: {name}\ndata: {data}\n\n"),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::journal::{Gap, Lost, Record};
+
+    #[test]
+    fn events_are_wanted_by_whoever_lists_their_type() {
+        let accepts = |value: &str| wanted(&[(ACCEPT, value.parse().unwrap())].into_iter().collect());
+        assert!(accepts("text/event-stream"));
+        assert!(accepts("application/json, Text/Event-Stream;q=0.9"));
+        assert!(!accepts("*/*") && !accepts("text/event-streams") && !wanted(&HeaderMap::new()));
+    }
+
+    #[test]
+    fn what_is_missing_has_events_of_its_own_that_move_the_cursor() {
+        let gap = Record {
+            seq: 9,
+            tag: 1,
+            offset: 30,
+            mark: 0,
+            bytes: Bytes::new(),
+            gap: Some(Gap { bytes: Some(5), chunks: 2 }),
+        };
+        let lost = Some(Lost { seqs: 3..9, resume: vec![(1, 30)] });
+        let page = Page { records: vec![gap], next_seq: 9, first_available_seq: 9, lost, end: true };
+        assert_eq!(
+            page_events(&page),
+            "id: 8\nevent: lost\ndata: {\"from_seq\":3,\"resume_offsets\":{\"stderr\":30},\"to_seq\":9}\n\n\
+             id: 9\nevent: gap\ndata: {\"data_b64\":\"\",\"gap\":{\"bytes\":5,\"chunks\":2},\"offset\":30,\"seq\":9,\
+             \"stream\":\"stderr\"}\n\n"
+        );
+    }
+}

@@ -11,7 +11,7 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 use tokio_tungstenite::{WebSocketStream, client_async};
@@ -83,6 +83,8 @@ impl Events {
 
     /// The next event; `None` at the end.
     async fn next(&mut self) -> Option<Event> {
+        // For the event, whatever comments come meanwhile.
+        let until = Instant::now() + PATIENCE;
         loop {
             if let Some(end) = self.unread.windows(2).position(|pair| pair == b"\n\n") {
                 let block = String::from_utf8(self.unread.drain(..end + 2).collect()).unwrap();
@@ -95,7 +97,7 @@ impl Events {
                 let data = serde_json::from_str(&field("data").unwrap()).unwrap();
                 return Some(Event { name, data, retry: field("retry") });
             }
-            let frame = timeout(PATIENCE, self.body.frame()).await.expect("no event came")?.unwrap();
+            let frame = timeout_at(until, self.body.frame()).await.expect("no event came")?.unwrap();
             self.unread.extend_from_slice(frame.data_ref().unwrap());
         }
     }
@@ -146,8 +148,9 @@ impl Attached {
     }
 
     async fn receive(&mut self) -> Message {
+        let until = Instant::now() + PATIENCE;
         loop {
-            match timeout(PATIENCE, self.socket.next()).await.expect("no message came").unwrap().unwrap() {
+            match timeout_at(until, self.socket.next()).await.expect("no message came").unwrap().unwrap() {
                 Message::Ping(_) => {}
                 message => return message,
             }

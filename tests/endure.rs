@@ -200,6 +200,24 @@ async fn what_a_fast_process_prints_while_its_link_is_away_is_named_exactly() {
     assert_eq!((&stdout["exact"], &stdout["sha256"]), (&json!(false), &Value::Null));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exit_among_output_that_is_fetched_later_is_not_taken_for_a_loss() {
+    let rig = Rig::start().await;
+    // What was left behind prints when the process itself is over.
+    let command = "main=$$; (while kill -0 $main; do sleep 0.05; done; echo late; touch done) 2>/dev/null & \
+                   echo early; while [ ! -e leave ]; do sleep 0.05; done; exit 5";
+    let session = start(&rig.caller, json!({ "command": command, "stdin": "none" })).await;
+    session.prints("early").await;
+    rig.proxy.shut();
+    std::fs::write(rig.file("leave"), "").unwrap();
+    eventually("the rest is printed", async || rig.file("done").exists().then_some(())).await;
+    rig.proxy.open();
+    let printed = session.read_all().await;
+    assert_eq!(printed.stdout, b"early\nlate\n");
+    assert_eq!(printed.last["exit_code"], 5);
+    assert_eq!(printed.last["exit"]["streams"]["stdout"]["exact"], true);
+}
+
 /// Piece `number` of a long output: never the same as another.
 fn piece(number: usize, block: &[u8]) -> Vec<u8> {
     let mut piece = format!("{number:08}").into_bytes();

@@ -21,8 +21,10 @@ use support::{Caller, CodexExecutor, Credentials, DaemonProcess, MIB, Proxy, Scr
 const SESSIONS: usize = 50;
 const CUTS: usize = 20;
 const KILLS: usize = 5;
-const PIECES: usize = 240;
-const PIECE: usize = 16 * 1024;
+const PIECES: usize = 200;
+
+/// Bytes printed each half second: the executor's ring of 1 MiB then bridges a minute without a link.
+const PIECE: usize = 8 * 1024;
 
 /// No part takes longer than this; together they stay below 8 minutes.
 const PART_MAX: Duration = Duration::from_secs(230);

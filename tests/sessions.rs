@@ -250,7 +250,7 @@ const PIECES: usize = 64;
 const STDOUT_PIECE: usize = 32 * 1024;
 const STDERR_PIECE: usize = 4 * 1024;
 
-/// Many sessions print at about 50 KiB/s, so that the executor's ring of 1 MiB bridges its longest pause here, while links are cut and gateways killed; all arrives.
+/// Many sessions print at about 35 KiB/s, so that the executor's ring of 1 MiB bridges its longest pause here, while links are cut and gateways killed; all arrives.
 async fn outlive(cuts: usize, kills: usize) {
     let state = Scratch::new();
     let address: SocketAddr = free_address();
@@ -262,7 +262,7 @@ async fn outlive(cuts: usize, kills: usize) {
         "i=0; while [ $i -lt {PIECES} ]; do \
          dd if=out.$1 bs={STDOUT_PIECE} skip=$i count=1 2>/dev/null; \
          dd if=err.$1 bs={STDERR_PIECE} skip=$i count=1 >&2 2>/dev/null; \
-         sleep 0.7; i=$((i+1)); done; exit $1"
+         sleep 1; i=$((i+1)); done; exit $1"
     );
     let mut sessions = Vec::new();
     for number in 0..SESSIONS {

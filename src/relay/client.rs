@@ -73,7 +73,7 @@ pub enum CallError {
     Malformed(#[source] serde_json::Error),
 }
 
-/// What happens to a process, in the executor's order.
+/// What happens to a process.
 #[derive(Debug)]
 pub enum ProcessEvent {
     /// A chunk of output.
@@ -82,6 +82,18 @@ pub enum ProcessEvent {
     Exited(ProcessExited),
     /// Nothing more will come.
     Closed(ProcessClosed),
+}
+
+impl ProcessEvent {
+    /// Its number, from 1 without holes over all events of a process. Executors tell output, errors and the end from
+    /// different places, so the order of arrival is not always that of the numbers.
+    pub fn seq(&self) -> u64 {
+        match self {
+            Self::Output(output) => output.seq,
+            Self::Exited(exited) => exited.seq,
+            Self::Closed(closed) => closed.seq,
+        }
+    }
 }
 
 /// Takes the events of one process. Runs inside the stream's task: it must neither block nor call the client.

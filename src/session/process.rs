@@ -33,7 +33,8 @@ use crate::store::{Binding, SessionState, StoreError};
 use crate::workspace::ReachError;
 
 /// Pause between two tries to reach an executor that is not back yet, or still holds the former stream.
-const RETRY_PAUSE: Duration = Duration::from_millis(200);
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// Interval in which the journal is synced to the disk while output comes.
 const SYNC_EVERY: Duration = Duration::from_secs(1);
@@ -166,6 +167,7 @@ impl Task {
     /// Opens a conversation in the session's executor session; `None` when the session is over instead.
     async fn attach(&mut self) -> Option<Client> {
         let until = Instant::now() + Duration::from_secs(self.sessions.settings.retention_secs);
+        let mut pause = RETRY_PAUSE;
         loop {
             // A start takes as long as its caller waits; after a loss the executor keeps the process only for so long.
             let attached = if self.session.row().executor_session.is_none() {
@@ -193,7 +195,9 @@ impl Task {
                 self.finish(state, Some(failure.to_string())).await;
                 return None;
             }
-            sleep(RETRY_PAUSE).await;
+            // Growing, so that many sessions of one executor do not starve each other of handshakes.
+            sleep(pause).await;
+            pause = (pause * 2).min(RETRY_PAUSE_MAX);
         }
     }
 

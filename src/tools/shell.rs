@@ -22,6 +22,9 @@ use crate::workspace::pool::Use;
 
 pub(super) const DESCRIPTION: &str = "Run a command synchronously.";
 
+/// Events kept for one that should come before them; each carries at most 8 KiB.
+const EARLY_EVENTS_MAX: usize = 1024;
+
 /// How long the last output of an ended process may take; one that the executor cannot end must not hold the answer.
 const LAST_OUTPUT_WAIT: Duration = Duration::from_secs(5);
 
@@ -114,6 +117,10 @@ struct Collected {
     bytes_max: usize,
     lost_bytes: u64,
     exit_code: Option<i32>,
+    /// Number of the newest event that was taken in.
+    newest: u64,
+    /// Events by their number that came before one of a smaller number.
+    early: BTreeMap<u64, ProcessEvent>,
 }
 
 impl Output {
@@ -125,11 +132,8 @@ impl Output {
     fn handler(&self) -> crate::relay::client::ProcessHandler {
         let collected = self.collected.clone();
         let close = self.close.clone();
-        Box::new(move |event| match event {
-            ProcessEvent::Output(output) => lock(&collected).add(output.stream, &output.chunk.0),
-            ProcessEvent::Exited(exited) => lock(&collected).exit_code = Some(exited.exit_code),
-            // Output may follow the exit; only this is the end of it.
-            ProcessEvent::Closed(_) => {
+        Box::new(move |event| {
+            if lock(&collected).take_in(event) {
                 close.send_replace(true);
             }
         })
@@ -165,6 +169,28 @@ struct Structured {
 }
 
 impl Collected {
+    /// Takes events in the order of their numbers, since the end may arrive before the exit or the last output. True
+    /// when nothing more will come.
+    fn take_in(&mut self, event: ProcessEvent) -> bool {
+        self.early.insert(event.seq(), event);
+        if self.early.len() > EARLY_EVENTS_MAX
+            && let Some((first, _)) = self.early.first_key_value()
+        {
+            // An executor that skips numbers: what is there counts.
+            self.newest = first - 1;
+        }
+        let mut closed = false;
+        while let Some(event) = self.early.remove(&(self.newest + 1)) {
+            self.newest += 1;
+            match event {
+                ProcessEvent::Output(output) => self.add(output.stream, &output.chunk.0),
+                ProcessEvent::Exited(exited) => self.exit_code = Some(exited.exit_code),
+                ProcessEvent::Closed(_) => closed = true,
+            }
+        }
+        closed
+    }
+
     fn add(&mut self, stream: OutputStream, chunk: &[u8]) {
         let room = self.bytes_max.saturating_sub(self.stdout.len() + self.stderr.len());
         let (kept, lost) = chunk.split_at(chunk.len().min(room));
@@ -222,5 +248,27 @@ fn text_and_exact(bytes: Vec<u8>) -> (String, Option<String>) {
             let bytes = error.as_bytes();
             (String::from_utf8_lossy(bytes).into_owned(), Some(STANDARD.encode(bytes)))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::rpc::{Base64Bytes, ProcessClosed, ProcessExited, ProcessOutput};
+
+    fn output(seq: u64, text: &str) -> ProcessEvent {
+        let chunk = Base64Bytes(text.into());
+        ProcessEvent::Output(ProcessOutput { process_id: String::new(), seq, stream: OutputStream::Stdout, chunk })
+    }
+
+    #[test]
+    fn an_end_that_overtakes_the_exit_and_the_last_output_waits_for_them() {
+        let mut collected = Collected { bytes_max: 100, ..Collected::default() };
+        let exited = ProcessExited { process_id: String::new(), seq: 3, exit_code: 7, sandbox_denied: false };
+        assert!(!collected.take_in(ProcessEvent::Closed(ProcessClosed { process_id: String::new(), seq: 4 })));
+        assert!(!collected.take_in(output(2, "b")));
+        assert!(!collected.take_in(output(1, "a")));
+        assert!(collected.take_in(ProcessEvent::Exited(exited)));
+        assert_eq!((collected.stdout.as_slice(), collected.exit_code), (&b"ab"[..], Some(7)));
     }
 }

@@ -250,7 +250,8 @@ const PIECES: usize = 64;
 const STDOUT_PIECE: usize = 32 * 1024;
 const STDERR_PIECE: usize = 4 * 1024;
 
-/// Many sessions print at about 35 KiB/s, so that the executor's ring of 1 MiB bridges its longest pause here, while links are cut and gateways killed; all arrives.
+/// Many sessions print at about 35 KiB/s, so that the executor's ring of 1 MiB bridges its longest pause here, while links
+/// are cut and gateways killed; all arrives.
 async fn outlive(cuts: usize, kills: usize) {
     let state = Scratch::new();
     let address: SocketAddr = free_address();

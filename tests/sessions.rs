@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::restart::{free_address, workspace};
-use crate::support::{Caller, CodexExecutor, DaemonProcess, Proxy, Scratch, Workbench, eventually};
+use crate::support::{Caller, CodexExecutor, DaemonProcess, Proxy, Scratch, Workbench, eventually, noise};
 
 /// A session as a caller sees it.
 pub struct Started<'a> {
@@ -77,20 +77,6 @@ pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Bytes that look random and can be made again.
-pub fn seeded(seed: u64, length: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut bytes = Vec::with_capacity(length);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_tells_output_exit_and_digests() {
     let bench = Workbench::start().await;
@@ -109,7 +95,7 @@ async fn a_session_tells_output_exit_and_digests() {
 async fn stdin_arrives_once_whatever_is_repeated_and_ends() {
     let bench = Workbench::start().await;
     let session = start(&bench.caller, json!({ "command": ["cat"] })).await;
-    let bytes = seeded(7, 300_000);
+    let bytes = noise(7, 300_000);
     for offset in [0, 0, 100_000, 50_000, 200_000] {
         let end = (offset + 100_000).min(bytes.len());
         let body = json!({ "data_b64": STANDARD.encode(&bytes[offset..end]), "offset": offset });
@@ -153,7 +139,7 @@ async fn a_process_that_does_not_read_can_still_be_terminated() {
     let bench = Workbench::with(|config| config.session.wait_max_secs = 8).await;
     let session = start(&bench.caller, json!({ "command": ["sleep", "600"], "stdin": "open" })).await;
     // Pipe and executor take some MiB before they are full.
-    let block = STANDARD.encode(seeded(1, 4 * 1024 * 1024));
+    let block = STANDARD.encode(noise(1, 4 * 1024 * 1024));
     let mut full = None;
     for _ in 0..8 {
         let answer = session.post("stdin", json!({ "data_b64": block })).await;
@@ -267,13 +253,10 @@ async fn outlive(cuts: usize, kills: usize) {
     );
     let mut sessions = Vec::new();
     for number in 0..SESSIONS {
-        std::fs::write(executor.home().join(format!("out.{number}")), seeded(number as u64 + 1, PIECES * STDOUT_PIECE))
+        std::fs::write(executor.home().join(format!("out.{number}")), noise(number as u64 + 1, PIECES * STDOUT_PIECE))
             .unwrap();
-        std::fs::write(
-            executor.home().join(format!("err.{number}")),
-            seeded(number as u64 + 99, PIECES * STDERR_PIECE),
-        )
-        .unwrap();
+        std::fs::write(executor.home().join(format!("err.{number}")), noise(number as u64 + 99, PIECES * STDERR_PIECE))
+            .unwrap();
         let argv = json!(["/bin/sh", "-c", command, "sh", number.to_string()]);
         sessions.push(start(&caller, json!({ "command": argv, "stdin": "none" })).await);
     }
@@ -302,7 +285,7 @@ async fn outlive(cuts: usize, kills: usize) {
     let mut bytes = 0;
     for (number, printed) in printed.iter().enumerate() {
         let (stdout, stderr) =
-            (seeded(number as u64 + 1, PIECES * STDOUT_PIECE), seeded(number as u64 + 99, PIECES * STDERR_PIECE));
+            (noise(number as u64 + 1, PIECES * STDOUT_PIECE), noise(number as u64 + 99, PIECES * STDERR_PIECE));
         assert!(printed.stdout == stdout, "session {number}: {} bytes of stdout", printed.stdout.len());
         assert!(printed.stderr == stderr, "session {number}: {} bytes of stderr", printed.stderr.len());
         assert_eq!(printed.last["exit_code"], number);

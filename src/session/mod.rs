@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use dashmap::DashMap;
@@ -297,17 +297,23 @@ impl Session {
     }
 
     fn row(&self) -> SessionRow {
-        self.row.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock_row().clone()
     }
 
     fn change(&self, change: impl FnOnce(&mut SessionRow)) {
-        change(&mut self.row.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.lock_row());
+    }
+
+    fn lock_row(&self) -> MutexGuard<'_, SessionRow> {
+        self.row.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn publish(&self, newest: u64) {
         // A process that prints is in use, and one that ended is kept from then on for those who come to read.
         self.touch();
-        self.status.send_replace(Status::of(&self.row(), newest));
+        // Not a copy of the row: this runs for every batch of output, and the row holds the whole request.
+        let status = Status::of(&self.lock_row(), newest);
+        self.status.send_replace(status);
     }
 
     /// Whether stdin goes through the stub that can end it. A terminal has its own way to end input.
@@ -482,11 +488,6 @@ impl Sessions {
             .chain_update(&text)
             .finalize()
             .into();
-        if let Some(key) = &key
-            && let Some(known) = self.store.session_by_key(workspace.id(), key).await?
-        {
-            return self.known(&known, &digest, wait).await;
-        }
         let id = SessionId::new(&Uuid::new_v4().to_string()).expect("a UUID is a path id");
         let row = SessionRow {
             process: format!("ps_{}", Uuid::new_v4().simple()),

@@ -5,7 +5,7 @@ use rusqlite::{Connection, Row, params};
 use super::embedded::{all, nanos, one, parsed, time, unknown_text};
 use super::{PendingWrite, SessionRow, SessionState, Store, StoreError};
 use crate::config::Secret;
-use crate::protocol::ids::{SessionId, WorkspaceId};
+use crate::protocol::ids::SessionId;
 
 const SESSION: &str = "id, workspace, executor, environment, start_key, request_digest, request, process, \
      executor_session, state, exit_code, detail, created_at, ended_at, stdin_accepted, stdin_eof, \
@@ -73,16 +73,6 @@ impl Store {
     /// All sessions, oldest first.
     pub async fn sessions(&self) -> Result<Vec<SessionRow>, StoreError> {
         self.read(|db| all(db, &format!("SELECT {SESSION} FROM sessions ORDER BY seq"), [], session_from)).await
-    }
-
-    /// The session that a workspace has under a start key.
-    pub async fn session_by_key(&self, workspace: &WorkspaceId, key: &str) -> Result<Option<SessionRow>, StoreError> {
-        let (workspace, key) = (workspace.clone(), key.to_owned());
-        self.read(move |db| {
-            let sql = format!("SELECT {SESSION} FROM sessions WHERE workspace = ? AND start_key = ?");
-            one(db, &sql, [workspace.as_str(), &key], session_from)
-        })
-        .await
     }
 
     /// Forgets a session; an unknown one is forgotten already.

@@ -20,6 +20,7 @@ use crate::protocol::ids::WorkspaceId;
 use crate::protocol::rpc::ExecutorSessionId;
 use crate::registry::Registry;
 use crate::relay::client::{Client, ConnectError};
+use crate::relay::conversation::{Conversation, HandshakeError};
 use crate::relay::link::OpenError;
 use crate::relay::noise::GatewayIdentity;
 use crate::relay::stream::StreamHandle;
@@ -199,20 +200,29 @@ impl Workspace {
         self.open_stream(&self.own_right()?, binding).await
     }
 
-    /// Starts the conversation on a stream of this workspace, in a new executor session or in the one to resume.
+    /// Starts a conversation on a stream of this workspace.
     ///
     /// # Errors
-    /// [`ConnectError`].
-    pub async fn converse(
-        &self,
-        stream: StreamHandle,
-        resume: Option<ExecutorSessionId>,
-    ) -> Result<Client, ConnectError> {
+    /// [`HandshakeError`].
+    pub async fn converse(&self, stream: StreamHandle) -> Result<Conversation, HandshakeError> {
         let registration = stream.link().registration();
         let identity = &self.corridor.identity;
         let harness = self.corridor.auth.harness();
         let authorization = harness.mint(&self.id, &registration.executor, &registration.id, &identity.key_digest());
-        Client::connect(stream, identity, &authorization, resume).await
+        Conversation::open(stream, identity, &authorization).await
+    }
+
+    /// The same with the gateway as the caller, in a new executor session or in the one to resume.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn connect(
+        &self,
+        stream: StreamHandle,
+        resume: Option<ExecutorSessionId>,
+    ) -> Result<Client, ConnectError> {
+        let conversation = self.converse(stream).await?;
+        Client::initialize(conversation, resume).await.map_err(ConnectError::Initialize)
     }
 
     /// Opens a stream to a bound executor: the only way from a caller to an executor, so rights and bounds are

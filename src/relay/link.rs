@@ -22,7 +22,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 use tokio_util::sync::CancellationToken;
 
-use super::stream::{StreamEnd, StreamHandle};
+use super::stream::{Delivery, StreamEnd, StreamHandle};
 use crate::config;
 use crate::ops::metrics::Metrics;
 use crate::protocol::frame::{Body, Frame, StreamId};
@@ -129,7 +129,7 @@ struct Routes {
 struct Route {
     id: RouteId,
     workspace: WorkspaceId,
-    inbox: mpsc::Sender<Body>,
+    inbox: mpsc::Sender<Delivery>,
 }
 
 impl Routes {
@@ -343,8 +343,8 @@ where
     while let Some(message) = socket.next().await {
         link.heard();
         match message {
-            Ok(Message::Binary(frame)) => match Frame::decode(frame) {
-                Ok(frame) => deliver(frame, link).await,
+            Ok(Message::Binary(wire)) => match Frame::decode(wire.clone()) {
+                Ok(frame) => deliver(frame, wire, link).await,
                 Err(error) => {
                     link.0.metrics.frames_dropped.inc();
                     tracing::debug!(executor = %link.executor(), %error, "frame dropped");
@@ -375,7 +375,7 @@ where
 
 /// Hands a frame to its stream. The readers are the gateway's own clients, which never wait for anybody, so a full
 /// inbox means a moment's work; one that stays full is reset rather than allowed to hold up its neighbours.
-async fn deliver(frame: Frame, link: &LinkHandle) {
+async fn deliver(frame: Frame, wire: Bytes, link: &LinkHandle) {
     let (inbox, route) = {
         let routes = link.routes();
         let Some(route) = routes.streams.get(&frame.stream_id) else {
@@ -386,11 +386,11 @@ async fn deliver(frame: Frame, link: &LinkHandle) {
     };
     let Frame { stream_id, body } = frame;
     let ended = matches!(body, Body::Reset { .. });
-    let full = match inbox.try_send(body) {
+    let full = match inbox.try_send(Delivery { body, wire }) {
         Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => false,
-        Err(mpsc::error::TrySendError::Full(body)) => {
+        Err(mpsc::error::TrySendError::Full(delivery)) => {
             let wait = Duration::from_secs(link.0.settings.write_timeout_secs);
-            matches!(inbox.send_timeout(body, wait).await, Err(mpsc::error::SendTimeoutError::Timeout(_)))
+            matches!(inbox.send_timeout(delivery, wait).await, Err(mpsc::error::SendTimeoutError::Timeout(_)))
         }
     };
     if full {

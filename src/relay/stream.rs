@@ -18,18 +18,27 @@ pub enum StreamEnd {
     Reset,
 }
 
+/// A frame that arrived: as read, and as it stood on the wire for those who only hand it on. Both share its bytes.
+#[derive(Debug)]
+pub struct Delivery {
+    /// What it says.
+    pub body: Body,
+    /// Its bytes.
+    pub wire: Bytes,
+}
+
 /// One conversation over a link; made only by `LinkHandle::open_stream`.
 #[derive(Debug)]
 pub struct StreamHandle {
     id: StreamId,
     route: RouteId,
     link: LinkHandle,
-    inbox: mpsc::Receiver<Body>,
+    inbox: mpsc::Receiver<Delivery>,
     ended: Option<StreamEnd>,
 }
 
 impl StreamHandle {
-    pub(super) fn new(id: StreamId, route: RouteId, link: LinkHandle, inbox: mpsc::Receiver<Body>) -> Self {
+    pub(super) fn new(id: StreamId, route: RouteId, link: LinkHandle, inbox: mpsc::Receiver<Delivery>) -> Self {
         Self { id, route, link, inbox, ended: None }
     }
 
@@ -56,15 +65,23 @@ impl StreamHandle {
     /// # Errors
     /// [`StreamEnd`], on this and every later call.
     pub async fn receive(&mut self) -> Result<Body, StreamEnd> {
+        Ok(self.receive_frame().await?.body)
+    }
+
+    /// As [`Self::receive`], with the bytes of the frame.
+    ///
+    /// # Errors
+    /// [`StreamEnd`], on this and every later call.
+    pub async fn receive_frame(&mut self) -> Result<Delivery, StreamEnd> {
         if let Some(end) = self.ended {
             return Err(end);
         }
         match self.inbox.recv().await {
-            Some(Body::Reset { reason }) => {
+            Some(Delivery { body: Body::Reset { reason }, .. }) => {
                 tracing::debug!(stream = %self.id, %reason, "executor reset the stream");
                 Err(*self.ended.insert(StreamEnd::Reset))
             }
-            Some(body) => Ok(body),
+            Some(delivery) => Ok(delivery),
             None => Err(*self.ended.insert(StreamEnd::Disconnected)),
         }
     }

@@ -1,6 +1,7 @@
 //! Sessions followed live on the real executor: as events, attached, and by waiting; and what readers cost each other.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -328,6 +329,16 @@ async fn a_session_is_attached_to_with_any_credential_of_its_workspace_and_no_ot
     assert_eq!(open(&stranger, "?token=egw_no").await, 401);
     assert_eq!(open(&bench.gateway.caller("other").await, "").await, 404);
     assert_eq!(open(&bench.caller, "?stream=stdall").await, 400);
+    let offering = async |protocols: String| {
+        let mut request = format!("ws://{}{session}/attach", stranger.address).into_client_request().unwrap();
+        request.headers_mut().insert("sec-websocket-protocol", protocols.parse().unwrap());
+        let stream = TcpStream::connect(stranger.address).await.unwrap();
+        // The client itself gives up on a server that chooses none of what it offers.
+        client_async(request, stream).await.map(|(_, answer)| answer.headers()["sec-websocket-protocol"].clone())
+    };
+    let named = format!("bearer.{}", cap.expose());
+    assert_eq!(offering(format!("chat, {named}")).await.unwrap(), named);
+    assert!(matches!(offering("bearer.egw_no".into()).await, Err(SocketError::Http(answer)) if answer.status() == 401));
     let plain = bench.caller.send("GET", &format!("{session}/attach"), &[], "").await;
     assert_eq!((plain.status.as_u16(), plain.code().as_str()), (426, "upgrade_required"));
 }
@@ -422,6 +433,46 @@ async fn a_revoked_token_ends_its_streams_and_no_others() {
     kept.socket.send(Message::binary(&b"on"[..])).await.unwrap();
     kept.expect("stdin").await;
     assert_eq!(kept.read(7).await, b"here\non");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_expires_ends_its_streams_and_no_others() {
+    let bench = Workbench::start().await;
+    let session = start(&bench, json!({ "command": "echo here; cat" })).await;
+    let mut kept = Attached::to(&bench.caller, &session, "").await;
+    let workspace = WorkspaceId::new("w").unwrap();
+    let ttl = Some(Duration::from_secs(3));
+    let order = Order::TokenCreate { workspace, user: None, ttl, read_only: false };
+    let Response::Token { token, .. } = bench.gateway.admin(order).await else { panic!("no token") };
+    let caller = Caller::new(bench.gateway.address(), Some(token.expose().to_owned()));
+    let mut events = Events::of(&caller, &session, None).await;
+    let mut attached = Attached::to(&caller, &session, "").await;
+    events.expect("chunk").await;
+    let told = events.expect("revoked").await;
+    assert_eq!(told, json!({ "code": "invalid_token", "message": "the token has expired" }));
+    assert!(events.next().await.is_none());
+    assert_eq!(attached.closed().await, 1008);
+    assert_eq!(caller.send("GET", &session, &[], "").await.status, 401);
+    kept.socket.send(Message::binary(&b"on"[..])).await.unwrap();
+    kept.expect("stdin").await;
+    assert_eq!(kept.read(7).await, b"here\non");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browser_follows_events_with_its_token_in_the_query() {
+    let bench = Workbench::start().await;
+    let session = start(&bench, json!({ "command": "echo here" })).await;
+    let (stranger, token) = (bench.gateway.stranger(), bench.caller.token.as_ref().unwrap());
+    let ask = async |query: &str| {
+        let path = format!("{session}/output?{query}");
+        stranger.send("GET", &path, &[("accept", "text/event-stream")], "").await
+    };
+    let answer = ask(&format!("token={token}&since=0")).await;
+    assert_eq!(answer.status, 200);
+    assert!(answer.body.starts_with(b"id: 1\nevent: chunk\n"), "{answer:?}");
+    assert_eq!(ask("token=egw_no").await.status, 401);
+    // Answers that anybody can ask for with headers are had with headers.
+    assert_eq!(stranger.send("GET", &format!("{session}/output?token={token}"), &[], "").await.status, 401);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use uuid::Uuid;
 
 use super::error::ApiError;
-use super::{Api, json, query_parameter};
+use super::{Api, credential, json, query_parameter};
 use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
 use crate::edge::body::{self, Body};
 use crate::edge::upgrade::{self, SocketLimits};
@@ -331,8 +331,8 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     let query = request.uri().query().unwrap_or_default();
     let (ticket, registration) = (query_parameter(query, "token"), query_parameter(query, "reg"));
     if ticket.is_none() && registration.is_none() {
-        // Harnesses show their credential in a header.
-        api.corridor.auth.principal(crate::auth::bearer(request.headers())?).await?;
+        // What stands in `?token=` is a ticket, so harnesses show their credential in another place.
+        api.corridor.auth.principal(&credential::of_socket(&request)?.token).await?;
         return Err(ApiError::new(501, "not_implemented", "harness sockets are not served yet"));
     }
     // A registration without a ticket is still an executor, to whom 401 is never said.
@@ -375,7 +375,7 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     }
     let link = &api.corridor.link;
     let limits = SocketLimits { read_buffer_bytes: link.read_buffer_bytes, message_bytes_max: link.frame_bytes_max };
-    let (response, socket) = upgrade::accept(request, limits);
+    let (response, socket) = upgrade::accept(request, None, limits);
     // Boxed, so that it is gone once it is done: what a task captures lasts as long as the task, here as the link.
     let socket = Box::pin(socket);
     let (handle, outbox) = LinkHandle::new(registration, link.clone(), api.metrics.clone());

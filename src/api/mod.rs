@@ -1,5 +1,6 @@
 //! The doors: parse, authenticate, call the domain, answer. No rules of the domain live here.
 
+mod credential;
 pub mod error;
 pub mod executor;
 pub mod processes;

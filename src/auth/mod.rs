@@ -17,13 +17,14 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use exec_gateway_protocol::cap_token::is_cap_token;
 use exec_gateway_protocol::ids::{TokenId, TurnId, UserId, WorkspaceId};
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
 use tokio::sync::{broadcast, watch};
+use tokio::time::sleep;
 
 pub use upstream::UpstreamError;
 
@@ -39,6 +40,9 @@ use self::upstream::Upstream;
 
 /// Longest credential looked at, in bytes. Cap-tokens are the longest by nature, below 1 KiB.
 pub const CREDENTIAL_BYTES_MAX: usize = 4096;
+
+/// How long the wall clock is not looked at while the end of a credential is waited for.
+const EXPIRY_LOOK: Duration = Duration::from_secs(30);
 
 /// Proof of who calls. Only this module makes one, so holding it means that a credential was checked.
 #[derive(Debug, Clone)]
@@ -75,6 +79,16 @@ impl Principal {
     /// When the credential ends by itself (wall clock); `None` where that is not known.
     pub fn expires_at(&self) -> Option<SystemTime> {
         self.0.expires_at
+    }
+    /// Waits until the credential has ended by itself; for ever where its end is not known.
+    pub async fn expired(&self) {
+        let Some(end) = self.expires_at() else { return std::future::pending().await };
+        while let Ok(left) = end.duration_since(SystemTime::now())
+            && !left.is_zero()
+        {
+            // The wall clock may be set meanwhile, and does not stand still while the machine sleeps.
+            sleep(left.min(EXPIRY_LOOK)).await;
+        }
     }
 }
 

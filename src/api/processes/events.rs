@@ -17,9 +17,8 @@ use tokio::time::timeout;
 
 use super::live::{Cut, Follow, Live, Step};
 use super::{OutputQuery, bad_request, chunk, exit, lost};
-use crate::api::Api;
 use crate::api::error::ApiError;
-use crate::auth::bearer;
+use crate::api::{Api, credential};
 use crate::edge::body::Body;
 use crate::journal::Page;
 
@@ -40,7 +39,7 @@ pub(super) fn wanted(headers: &HeaderMap) -> bool {
 
 /// `GET …/processes/{sid}/output` with `Accept: text/event-stream`.
 pub(super) async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let live = Live::admit(api, id, bearer(request.headers())?).await?;
+    let live = Live::admit(api, id, &credential::of_request(&request)?).await?;
     let query = OutputQuery::parse(api, request.uri().query().unwrap_or_default())?;
     if query.offset.is_some() || query.head_tail.is_some() {
         return Err(bad_request("events go by number: neither offset nor view"));
@@ -109,7 +108,7 @@ fn farewell(cut: &Cut) -> String {
         Cut::Draining => format!("retry: {RETRY_MS}\n{}", event("draining", None, &json!({}))),
         Cut::Forgotten => event("forgotten", None, &json!({})),
         // Whoever holds the credential is told as at any door.
-        Cut::Revoked(refused) => event("revoked", None, &told(&ApiError::from(refused.clone()))),
+        Cut::Refused(refused) => event("revoked", None, &told(&ApiError::from(refused.clone()))),
     }
 }
 

@@ -37,8 +37,8 @@ pub(super) struct Live {
 /// Why a stream ends before its session.
 #[derive(Debug)]
 pub(super) enum Cut {
-    /// The caller's right was taken away.
-    Revoked(AuthError),
+    /// The caller's right was taken away, or has come to its end.
+    Refused(AuthError),
     /// The gateway restarts; the caller comes back to the next one.
     Draining,
     /// The session was forgotten, with its output.
@@ -58,11 +58,12 @@ impl Live {
         let place = api.sessions.open_stream(principal.workspace())?;
         let cut = {
             let (bearer, session) = (Zeroizing::new(bearer.to_owned()), session.clone());
-            let draining = api.draining.clone();
+            let (caller, draining) = (principal.clone(), api.draining.clone());
             async move {
                 tokio::select! {
                     biased;
-                    refused = revocations.end_of(&bearer) => Cut::Revoked(refused),
+                    refused = revocations.end_of(&bearer) => Cut::Refused(refused),
+                    () = caller.expired() => Cut::Refused(AuthError::Expired),
                     () = session.forgotten() => Cut::Forgotten,
                     () = draining.cancelled_owned() => Cut::Draining,
                 }

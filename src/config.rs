@@ -161,6 +161,10 @@ config! {
         executor_wait_secs: u64 = 20 => 1..=600,
         /// How lately that is, in seconds.
         executor_seen_secs: u64 = 60 => 1..=86_400,
+        /// How long a harness that opens its socket waits for an executor that was seen lately, in seconds.
+        harness_wait_secs: u64 = 5 => 1..=600,
+        /// Time for a harness to say with its first frames what kind it is, in seconds.
+        first_frame_secs: u64 = 10 => 1..=600,
         /// Streams on one executor's socket; executors serve 128.
         streams_max: usize = 120 => 1..=128,
         /// Streams of one workspace on one executor's socket.

@@ -328,6 +328,8 @@ fn apply(api: &Api, change: &Change) {
                 workspace.resolver.invalidate();
                 workspace.pool.close_executor(executor);
             }
+            // After the clients above: whatever else runs under the right.
+            api.corridor.registry.end_workspace(workspace, Some(executor));
         }
         Change::Bound { workspace } => {
             if let Some(workspace) = api.workspaces.peek(workspace) {
@@ -341,6 +343,7 @@ fn apply(api: &Api, change: &Change) {
                 if let Some(workspace) = api.workspaces.peek(id) {
                     workspace.pool.close_all();
                 }
+                api.corridor.registry.end_workspace(id, None);
             }
         }
     }

@@ -101,6 +101,8 @@ config! {
         idle_timeout_secs: u64 = 120 => 1..=86_400,
         /// Time for a client to send a request's body, in seconds.
         body_timeout_secs: u64 = 120 => 1..=86_400,
+        /// Time after which a peer that takes no bytes, or answers no probe, is taken for gone, in seconds.
+        tcp_user_timeout_secs: u64 = 30 => 1..=3600,
         /// Size of a request's headers together, in bytes; at least 8192.
         header_bytes_max: usize = 64 * 1024 => 8192..=1024 * 1024,
         /// Size of a tool call's body, in bytes.
@@ -177,6 +179,10 @@ config! {
         outbox_frames_max: usize = 64 => 1..=65_536,
         /// Bytes waiting for the reader of one stream; past it the stream is reset.
         stream_bytes_max: usize = 16 * 1024 * 1024 => 1..=1024 * 1024 * 1024,
+        /// Bytes for one slow harness stream kept in memory; what follows goes to disk.
+        spill_memory_bytes_max: usize = 1024 * 1024 => 64 * 1024..=256 * 1024 * 1024,
+        /// Bytes for one slow harness stream kept on disk; past it the stream is reset.
+        spill_bytes_max: u64 = 64 * 1024 * 1024 => 0..=1024 * 1024 * 1024 * 1024,
         /// Size of one frame to or from an encrypted executor, in bytes; executors take 262144.
         frame_bytes_max: usize = 256 * 1024 => 4096..=262_144,
         /// Size of one JSON-RPC message, in bytes; executors take 67108864.

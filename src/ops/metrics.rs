@@ -24,6 +24,10 @@ pub struct Metrics {
     pub frames_dropped: Counter,
     /// Streams reset because their reader was too slow.
     pub streams_overrun: Counter,
+    /// Bytes for slow harnesses written to disk.
+    pub spilled_bytes: Counter,
+    /// Frames refused because a harness was too far behind.
+    pub spill_overruns: Counter,
     /// Panics of connection and link tasks.
     pub panics: Counter,
 }
@@ -78,6 +82,12 @@ impl Metrics {
             "streams_overrun",
             "Streams reset because their reader was too slow",
             self.streams_overrun.clone(),
+        );
+        registry.register("spilled_bytes", "Bytes for slow harnesses written to disk", self.spilled_bytes.clone());
+        registry.register(
+            "spill_overruns",
+            "Frames refused because a harness was too far behind",
+            self.spill_overruns.clone(),
         );
         registry.register("panics", "Panics of tasks; each ended one connection", self.panics.clone());
         registry.register_collector(Box::new(ReadingsCollector(readings)));

@@ -63,7 +63,7 @@ pub enum HarnessEnd {
     Unreachable(&'static str),
     /// The gateway stops; the harness comes back to the next one.
     Draining,
-    /// The credential was taken away, or has come to its end.
+    /// The right was taken away, or its credential has come to its end.
     Refused,
     /// The harness resumed its session on another socket.
     Replaced,
@@ -80,7 +80,7 @@ impl HarnessEnd {
             Self::Reset => (CloseCode::Error, "the executor ended the stream"),
             Self::Unreachable(reason) => (CloseCode::Again, reason),
             Self::Draining => (CloseCode::Restart, "gateway restarts"),
-            Self::Refused => (CloseCode::Policy, "the credential is no longer valid"),
+            Self::Refused => (CloseCode::Policy, "the right to this executor has ended"),
             Self::Replaced => (CloseCode::Normal, "resumed on another socket"),
         };
         Some(CloseFrame { code, reason: reason.into() })
@@ -107,6 +107,7 @@ impl From<StreamEnd> for HarnessEnd {
     fn from(end: StreamEnd) -> Self {
         match end {
             StreamEnd::Disconnected => Self::Disconnected,
+            StreamEnd::Withdrawn => Self::Refused,
             StreamEnd::Reset => Self::Reset,
         }
     }

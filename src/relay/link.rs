@@ -137,6 +137,8 @@ struct Route {
     id: RouteId,
     workspace: WorkspaceId,
     inbox: mpsc::Sender<Delivery>,
+    taken: Arc<OnceLock<StreamEnd>>,
+    by_holder: bool,
 }
 
 impl Routes {
@@ -254,8 +256,10 @@ impl LinkHandle {
         routes.next += 1;
         let route = RouteId(routes.next);
         *routes.per_workspace.entry(workspace.clone()).or_default() += 1;
-        routes.streams.insert(id.clone(), Route { id: route, workspace: workspace.clone(), inbox });
-        Ok(StreamHandle::new(id, route, self.clone(), receiver))
+        let taken = Arc::new(OnceLock::new());
+        let entry = Route { id: route, workspace: workspace.clone(), inbox, taken: taken.clone(), by_holder: false };
+        routes.streams.insert(id.clone(), entry);
+        Ok(StreamHandle::new(id, route, self.clone(), receiver, taken))
     }
 
     /// Whether the link has ended or is about to: no stream should be opened on it.
@@ -319,6 +323,32 @@ impl LinkHandle {
 
     fn failed_handshakes(&self) -> MutexGuard<'_, HashMap<WorkspaceId, (u32, Instant)>> {
         self.0.failed_handshakes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends every stream of a workspace that may reach the executor no more, here and at the executor, but for those
+    /// that their holders end. Who reads one learns of it after what had arrived before.
+    pub fn end_workspace(&self, workspace: &WorkspaceId) {
+        let mut routes = self.routes();
+        let of_workspace = |(_, route): &(&StreamId, &Route)| route.workspace == *workspace && !route.by_holder;
+        let ended: Vec<(StreamId, RouteId)> =
+            routes.streams.iter().filter(of_workspace).map(|(id, route)| (id.clone(), route.id)).collect();
+        for (id, route) in &ended {
+            if let Some(route) = routes.streams.get(id) {
+                let _ = route.taken.set(StreamEnd::Withdrawn);
+            }
+            routes.remove(id, *route);
+        }
+        drop(routes);
+        for (stream_id, _) in ended {
+            self.send_detached(Frame { stream_id, body: Body::Reset { reason: "withdrawn".into() } }.encode());
+        }
+    }
+
+    /// Leaves the end of a stream to its holder when the right of its workspace ends.
+    pub(super) fn spare(&self, stream: &StreamId, route: RouteId) {
+        if let Some(entry) = self.routes().streams.get_mut(stream).filter(|entry| entry.id == route) {
+            entry.by_holder = true;
+        }
     }
 
     /// Forgets a route, unless the id has been taken into use again.
@@ -502,4 +532,53 @@ where
         socket.feed(Message::Binary(frame)).await?;
     }
     socket.flush().await
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::time::SystemTime;
+
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::store::Transport;
+
+    fn link() -> (LinkHandle, mpsc::Receiver<Bytes>) {
+        let registration = Registration {
+            id: "exr_1".parse().unwrap(),
+            executor: "exe_1".parse().unwrap(),
+            transport: Transport::Relay,
+            public_key: Vec::new(),
+            credential: [0; 32],
+            created_at: SystemTime::UNIX_EPOCH,
+        };
+        LinkHandle::new(registration, Arc::default(), Arc::default())
+    }
+
+    #[tokio::test]
+    async fn the_streams_of_a_workspace_end_with_its_right_and_no_others() {
+        let (link, mut outbox) = link();
+        let (ours, theirs) = ("ours".parse().unwrap(), "theirs".parse().unwrap());
+        let mut withdrawn = link.open_stream(&ours).unwrap();
+        let mut spared = link.open_stream(&ours).unwrap().ended_by_holder();
+        let mut other = link.open_stream(&theirs).unwrap();
+        let id = withdrawn.id().clone();
+        let heartbeat = Frame { stream_id: id.clone(), body: Body::Heartbeat };
+        deliver(heartbeat.clone(), Bytes::new(), &link).await;
+
+        link.end_workspace(&ours);
+
+        assert_eq!(withdrawn.receive().await, Ok(Body::Heartbeat), "it had arrived before");
+        assert_eq!(withdrawn.receive().await, Err(StreamEnd::Withdrawn));
+        assert_eq!(withdrawn.send(heartbeat.encode()).await, Err(StreamEnd::Withdrawn));
+        assert!(spared.receive().now_or_never().is_none() && other.receive().now_or_never().is_none());
+        assert_eq!(link.streams(), 2);
+        drop(withdrawn);
+        let reset = Frame::decode(outbox.try_recv().unwrap()).unwrap();
+        assert_eq!(reset, Frame { stream_id: id, body: Body::Reset { reason: "withdrawn".into() } });
+        assert!(outbox.try_recv().is_err(), "the executor is told once, and nothing of the others");
+        drop((spared, other));
+        assert_eq!(link.streams(), 0);
+    }
 }

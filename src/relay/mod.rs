@@ -2,6 +2,7 @@
 //!
 //! [`link`] owns an executor's socket, [`stream`] is the gateway's end of one stream on it, [`conversation`] the
 //! messages on that stream, [`noise`] their encryption, and [`client`] speaks the executor's JSON-RPC with them.
+//! [`spill`] holds what a harness has not read yet.
 
 pub mod client;
 pub mod conversation;
@@ -10,4 +11,5 @@ pub mod harness;
 pub mod link;
 pub mod noise;
 pub mod process_tree;
+pub mod spill;
 pub mod stream;

@@ -11,6 +11,7 @@ use futures_util::{SinkExt, StreamExt};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
@@ -538,7 +539,7 @@ async fn an_attached_caller_that_takes_nothing_or_is_silent_loses_its_socket() {
 }
 
 /// A gateway whose only stream is taken by a reader of events who reads nothing while there is much to read.
-async fn unread(write_timeout_secs: u64) -> (Workbench, String, TokenId, hyper::Response<Incoming>) {
+async fn unread(write_timeout_secs: u64) -> (Workbench, String, TokenId, TcpStream) {
     let bench = Workbench::with(|config| {
         config.session.streams_max = 1;
         config.edge.write_timeout_secs = write_timeout_secs;
@@ -551,8 +552,13 @@ async fn unread(write_timeout_secs: u64) -> (Workbench, String, TokenId, hyper::
     let session = start(&bench, json!({ "command": "cat noise; cat" })).await;
     printed(&bench.caller, &session, 12 * MIB).await;
     let (caller, id) = bench.gateway.caller_and_token("w").await;
-    let unread = Events::ask(&caller, &session, None).await;
-    assert_eq!(unread.status(), 200);
+    let mut unread = TcpStream::connect(caller.address).await.unwrap();
+    let headers = format!("accept: text/event-stream\r\nauthorization: Bearer {}\r\n", caller.token.unwrap());
+    let request = format!("GET {session}/output HTTP/1.1\r\nhost: gateway\r\n{headers}\r\n");
+    unread.write_all(request.as_bytes()).await.unwrap();
+    let mut status = [0; 12];
+    unread.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 200");
     assert_eq!(Events::ask(&bench.caller, &session, None).await.status(), 429);
     (bench, session, id, unread)
 }

@@ -6,13 +6,14 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use exec_gateway::admin::{Request as Order, Response};
-use exec_gateway::protocol::ids::WorkspaceId;
+use exec_gateway::protocol::ids::{TokenId, WorkspaceId};
 use futures_util::{SinkExt, StreamExt};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 use tokio_tungstenite::{WebSocketStream, client_async};
@@ -535,6 +536,58 @@ async fn an_attached_caller_that_takes_nothing_or_is_silent_loses_its_socket() {
         let shown = bench.caller.send("GET", &session, &[], "").await.json();
         assert_eq!(shown["state"], "running");
     }
+}
+
+/// A gateway whose only stream is taken by a reader of events who reads nothing while there is much to read.
+async fn unread(write_timeout_secs: u64) -> (Workbench, String, TokenId, TcpStream) {
+    let bench = Workbench::with(|config| {
+        config.session.streams_max = 1;
+        config.edge.write_timeout_secs = write_timeout_secs;
+        config.drain.grace_secs = 50;
+        // Nor does the system notice.
+        config.link.dead_secs = 600;
+    })
+    .await;
+    std::fs::write(bench.file("noise"), noise(6, 12 * MIB)).unwrap();
+    let session = start(&bench, json!({ "command": "cat noise; cat" })).await;
+    printed(&bench.caller, &session, 12 * MIB).await;
+    let (caller, id) = bench.gateway.caller_and_token("w").await;
+    let mut unread = TcpStream::connect(caller.address).await.unwrap();
+    let headers = format!("accept: text/event-stream\r\nauthorization: Bearer {}\r\n", caller.token.unwrap());
+    let request = format!("GET {session}/output HTTP/1.1\r\nhost: gateway\r\n{headers}\r\n");
+    unread.write_all(request.as_bytes()).await.unwrap();
+    let mut status = [0; 12];
+    unread.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 200");
+    assert_eq!(Events::ask(&bench.caller, &session, None).await.status(), 429);
+    (bench, session, id, unread)
+}
+
+async fn its_place_is_free(bench: &Workbench, session: &str) {
+    eventually("its place is free", async || {
+        (Events::ask(&bench.caller, session, None).await.status() == 200).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_token_ends_its_stream_though_nobody_reads_it() {
+    let (bench, session, id, _unread) = unread(600).await;
+    bench.gateway.admin(Order::TokenRevoke { id }).await;
+    its_place_is_free(&bench, &session).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_nobody_reads_does_not_hold_up_the_drain() {
+    let (Workbench { gateway, .. }, _, _, _unread) = unread(600).await;
+    let drained = timeout(Duration::from_secs(40), gateway.gateway.run_until(async {})).await;
+    drained.expect("the grace of 50 s was used up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_not_taken_loses_its_connection() {
+    let (bench, session, _, _unread) = unread(1).await;
+    its_place_is_free(&bench, &session).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,6 +15,7 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
 use super::body::{Body, full};
 use super::burst::BurstRead;
+use super::stall::StallLimit;
 
 /// The request is not a WebSocket handshake of RFC 6455 §4.2.1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -87,8 +88,8 @@ pub fn accept<B>(
     let upgraded = hyper::upgrade::on(&mut request);
     let socket = async move {
         // Taking the TCP stream out of hyper's boxes saves their buffers on every idle socket.
-        let parts = upgraded.await.ok()?.downcast::<TokioIo<TcpStream>>().ok()?;
-        let stream = BurstRead::new(parts.io.into_inner());
+        let parts = upgraded.await.ok()?.downcast::<TokioIo<StallLimit<TcpStream>>>().ok()?;
+        let stream = BurstRead::new(parts.io.into_inner().into_inner());
         let read = parts.read_buf.to_vec();
         Some(WebSocketStream::from_partially_read(stream, read, Role::Server, Some(limits.into())).await)
     };

@@ -4,10 +4,9 @@
 //! Owned by the task or the body that feeds the caller. It holds one page at a time and reads the next only when asked,
 //! so a slow caller keeps nobody waiting but itself. It never writes to the session.
 
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 
+use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
@@ -29,13 +28,13 @@ pub(super) struct Live {
     /// Whether the caller may only look.
     pub(super) read_only: bool,
     /// Ready when the stream is to end before the session does.
-    pub(super) cut: Pin<Box<dyn Future<Output = Cut> + Send>>,
+    pub(super) cut: BoxFuture<'static, Cut>,
     /// Kept as long as the stream is open.
     pub(super) place: Place,
 }
 
 /// Why a stream ends before its session.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Cut {
     /// The caller's right was taken away, or has come to its end.
     Refused(AuthError),

@@ -20,7 +20,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use socket2::SockRef;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, SetOnce};
 use tokio::time::Instant;
@@ -52,7 +52,6 @@ impl Ending {
 /// Serves one kind of requests on any number of addresses.
 pub struct Listener<S> {
     settings: config::Edge,
-    dead_after: Duration,
     service: S,
     permits: Arc<Semaphore>,
     /// Every connection task, for shutdown to wait on.
@@ -66,12 +65,11 @@ where
     S: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    /// A listener that answers with `service`; `dead_after` bounds how long sent bytes may stay unacknowledged.
-    pub fn new(settings: config::Edge, dead_after: Duration, service: S) -> Arc<Self> {
+    /// A listener that answers with `service`.
+    pub fn new(settings: config::Edge, service: S) -> Arc<Self> {
         Arc::new(Self {
             permits: Arc::new(Semaphore::new(settings.connections_max)),
             settings,
-            dead_after,
             service,
             connections: TaskTracker::new(),
             drain: CancellationToken::new(),
@@ -108,9 +106,7 @@ where
     }
 
     async fn serve(&self, stream: TcpStream) {
-        let _ = stream.set_nodelay(true);
-        // Frees a socket whose peer vanished while bytes were on their way; idle ones are found by pings.
-        let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(self.dead_after));
+        tune(&stream, Duration::from_secs(self.settings.tcp_user_timeout_secs));
 
         let activity = Arc::new(Activity::new(&self.settings));
         let service = {
@@ -172,6 +168,18 @@ where
             }
         }
     }
+}
+
+/// Lets the kernel find a peer that vanished: by bytes it does not take, and where none are sent by its silence to
+/// probes. A socket that refuses an option is served all the same.
+fn tune(stream: &TcpStream, user_timeout: Duration) {
+    let _ = stream.set_nodelay(true);
+    let socket = SockRef::from(stream);
+    let _ = socket.set_tcp_user_timeout(Some(user_timeout));
+    // Probes count in whole seconds, at least one. How many go unanswered is decided by the user timeout.
+    let part = |nth: u64| Duration::from_secs((user_timeout.as_secs() / nth).max(1));
+    let probes = TcpKeepalive::new().with_time(part(2)).with_interval(part(6));
+    let _ = socket.set_tcp_keepalive(&probes);
 }
 
 /// Whether an accept failed because of the one connection it would have accepted.
@@ -267,5 +275,46 @@ impl HttpBody for BusyBody {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+    use tokio_util::task::AbortOnDropHandle;
+
+    use super::super::body::full;
+    use super::*;
+
+    /// How long the kernel may take to notice, on a busy machine.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn a_peer_that_takes_nothing_is_cut_by_the_kernel() {
+        let settings = config::Edge { tcp_user_timeout_secs: 1, ..config::Edge::default() };
+        let listener = Listener::new(settings, |_| async { Response::new(full(vec![0; 64 << 20])) });
+        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let _accepting = AbortOnDropHandle::new(tokio::spawn(listener.clone().accept(socket, stop)));
+        let mut stuck = TcpStream::connect(address).await.unwrap();
+        stuck.write_all(b"GET / HTTP/1.1\r\nhost: gw\r\n\r\n").await.unwrap();
+        stuck.readable().await.unwrap();
+        listener.connections.close();
+        tokio::time::timeout(PATIENCE, listener.connections.wait()).await.expect("the connection ends");
+    }
+
+    #[tokio::test]
+    async fn a_silent_connection_is_probed() {
+        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (_peer, accepted) = tokio::join!(TcpStream::connect(socket.local_addr().unwrap()), socket.accept());
+        let (stream, _) = accepted.unwrap();
+        tune(&stream, Duration::from_secs(30));
+        let socket = SockRef::from(&stream);
+        assert!(socket.keepalive().unwrap() && socket.tcp_nodelay().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(15));
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(5));
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(30)));
     }
 }

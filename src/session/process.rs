@@ -219,10 +219,11 @@ impl Task {
                 stored.ok_or(AttachError::Unbound)?
             }
         };
-        let stream = workspace.open_own_stream(&binding).await?;
+        // Its process is ended over it, also after the right has ended.
+        let stream = workspace.open_own_stream(&binding).await?.ended_by_holder();
         let resume = self.session.row().executor_session.map(|secret| ExecutorSessionId::new(secret.expose()));
         let resumes = resume.is_some();
-        let client = workspace.converse(stream, resume).await.map_err(|error| match error {
+        let client = workspace.connect(stream, resume).await.map_err(|error| match error {
             ConnectError::Initialize(CallError::Rpc(refusal)) if resumes && refusal.code == ALREADY_ATTACHED => {
                 AttachError::Busy
             }

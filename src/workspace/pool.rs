@@ -12,6 +12,7 @@ use futures_util::future::{BoxFuture, Shared};
 use super::{ReachError, Workspace};
 use crate::protocol::ids::ExecutorId;
 use crate::relay::client::{Client, ConnectError};
+use crate::relay::conversation::HandshakeError;
 use crate::relay::stream::StreamEnd;
 use crate::store::Binding;
 
@@ -100,7 +101,7 @@ async fn open(workspace: Arc<Workspace>, binding: Binding) -> Result<Client, Arc
                 Ok(_) => return Err(Arc::new(ReachError::NoEnvironment(environment()))),
                 Err(error) => return Err(Arc::new(error)),
             },
-            Err(ConnectError::Ended(StreamEnd::Disconnected)) => {}
+            Err(ConnectError::Handshake(HandshakeError::Ended(StreamEnd::Disconnected))) => {}
             Err(error) => {
                 tracing::warn!(executor = %binding.executor(), %error, "no conversation with the executor");
                 return Err(Arc::new(ReachError::Unreachable { environment: environment(), source: Arc::new(error) }));
@@ -112,5 +113,5 @@ async fn open(workspace: Arc<Workspace>, binding: Binding) -> Result<Client, Arc
 
 async fn try_open(workspace: &Workspace, binding: &Binding) -> Result<Result<Client, ConnectError>, Arc<ReachError>> {
     let stream = workspace.open_own_stream(binding).await.map_err(Arc::new)?;
-    Ok(workspace.converse(stream, None).await)
+    Ok(workspace.connect(stream, None).await)
 }

@@ -547,7 +547,7 @@ async fn unread(write_timeout_secs: u64) -> (Workbench, String, TokenId, TcpStre
         // With little room in the connection's own buffer it asks the stream for nothing more.
         config.edge.header_bytes_max = 8192;
         // Nor does the system notice.
-        config.link.dead_secs = 600;
+        config.edge.tcp_user_timeout_secs = 600;
     })
     .await;
     std::fs::write(bench.file("noise"), noise(6, 12 * MIB)).unwrap();

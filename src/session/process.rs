@@ -333,7 +333,8 @@ impl Task {
         // The ring holds the newest chunks without a hole. So a number before its first chunk is that of a chunk that
         // was lost, and one behind it that is not there stands for the exit or for the end.
         let end = page.next_seq.saturating_sub(1);
-        let oldest = page.chunks.first().map_or(page.next_seq, |chunk| chunk.seq);
+        // The newest chunk is always there: without any none is missing, and what has a number is exit and end.
+        let oldest = page.chunks.first().map_or(0, |chunk| chunk.seq);
         for chunk in page.chunks {
             let event = Event::Output { stream: chunk.stream, bytes: chunk.chunk.0 };
             self.early.entry(chunk.seq).or_insert(event);

@@ -217,6 +217,35 @@ async fn sessions_past_the_bound_are_refused_and_forgotten_ones_make_room() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn one_start_key_is_refused_alike_while_there_is_no_room_and_works_once_there_is() {
+    let bench = Workbench::with(|config| config.session.workspace_max = 1).await;
+    let first = start(&bench.caller, json!({ "command": "true" })).await;
+    let arguments = json!({ "command": "echo x >> starts", "key": "k", "stdin": "none" });
+    let starts = (0..50).map(|_| bench.caller.tool("box", "exec_command", arguments.clone()));
+    for refused in futures_util::future::join_all(starts).await {
+        assert_eq!((refused.status.as_u16(), refused.code().as_str()), (429, "too_many_sessions"));
+    }
+    let path = format!("/api/connectors/processes/{}", first.id);
+    assert_eq!(bench.caller.send("DELETE", &path, &[], "").await.status, 200);
+    let starts = (0..50).map(|_| start(&bench.caller, arguments.clone()));
+    let started = futures_util::future::join_all(starts).await;
+    assert!(started.iter().all(|session| session.id == started[0].id));
+    started[0].read_all().await;
+    assert_eq!(std::fs::read_to_string(bench.file("starts")).unwrap(), "x\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_under_one_start_key_are_all_told_that_it_failed() {
+    let bench = Workbench::start().await;
+    let arguments = json!({ "command": [bench.file("nothing")], "key": "k", "stdin": "none" });
+    let starts = (0..50).map(|_| bench.caller.result("box", "exec_command", arguments.clone()));
+    for failed in futures_util::future::join_all(starts).await {
+        assert_eq!(failed["structuredContent"]["code"], "not_started", "{failed}");
+    }
+    assert!(bench.gateway.gateway.api().sessions.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_while_the_link_is_cut() {
     outlive(4, 0).await;
 }

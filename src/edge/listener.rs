@@ -12,23 +12,42 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SetOnce};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::body::Body;
+use super::stall::StallLimit;
 use crate::config;
 
 /// Pause after the kernel refused to accept (no file descriptors left, usually): it lasts until a connection ends.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a client may take to read the last of an answer that has come to its end.
+const ENDING_GRACE: Duration = Duration::from_secs(3);
+
+/// When an answer that goes on for long has to end, put among its extensions. Its body is not asked for anything while
+/// the client reads nothing, so it cannot see to that alone: its connection is closed shortly after, whoever reads.
+#[derive(Clone)]
+pub struct Ending(Shared<BoxFuture<'static, ()>>);
+
+impl Ending {
+    /// Comes when `end` is ready.
+    pub fn when(end: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(end.boxed().shared())
+    }
+}
 
 /// Serves one kind of requests on any number of addresses.
 pub struct Listener<S> {
@@ -97,12 +116,18 @@ where
                 let busy = Busy::new(activity.clone());
                 let answer = service(request);
                 async move {
-                    let answer = answer.await;
+                    let mut answer = answer.await;
+                    if let Some(ending) = answer.extensions_mut().remove::<Ending>() {
+                        // No other answer follows on the connection, so it may be cut when this one has to end.
+                        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+                        let _ = busy.0.ending.set(ending);
+                    }
                     // The connection is busy until the last byte of the body was taken.
                     Ok::<_, Infallible>(answer.map(|body| BusyBody { body, _busy: busy }))
                 }
             })
         };
+        let write_timeout = Duration::from_secs(self.settings.write_timeout_secs);
         // One accepted while the gateway drains is answered once: a register refused now would end its executor.
         let draining = self.drain.is_cancelled();
         let connection = http1::Builder::new()
@@ -110,7 +135,7 @@ where
             .header_read_timeout(None)
             .keep_alive(!draining)
             .max_buf_size(self.settings.header_bytes_max)
-            .serve_connection(TokioIo::new(stream), service)
+            .serve_connection(TokioIo::new(StallLimit::new(stream, write_timeout)), service)
             .with_upgrades();
         let mut connection = pin!(connection);
         let mut idle = pin!(activity.expired());
@@ -121,10 +146,15 @@ where
             activity.begun.cancelled().await;
         };
         let mut drained = pin!(drained);
+        let ended = async {
+            activity.ending.wait().await.clone().0.await;
+            tokio::time::sleep(ENDING_GRACE).await;
+        };
+        let mut ended = pin!(ended);
         loop {
             tokio::select! {
-                ended = connection.as_mut() => {
-                    if let Err(error) = ended {
+                closed = connection.as_mut() => {
+                    if let Err(error) = closed {
                         tracing::debug!(%error, "connection ended");
                     }
                     return;
@@ -134,6 +164,7 @@ where
                     connection.as_mut().graceful_shutdown();
                 }
                 () = idle.as_mut() => return,
+                () = ended.as_mut() => return,
             }
         }
     }
@@ -163,6 +194,8 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 struct Activity {
     requests: AtomicUsize,
     begun: CancellationToken,
+    /// Set by the answer that is to be the last.
+    ending: SetOnce<Ending>,
     deadline: Mutex<Instant>,
     idle_timeout: Duration,
 }
@@ -173,6 +206,7 @@ impl Activity {
         Self {
             requests: AtomicUsize::new(0),
             begun: CancellationToken::new(),
+            ending: SetOnce::new(),
             deadline: Mutex::new(first_request),
             idle_timeout: Duration::from_secs(settings.idle_timeout_secs),
         }

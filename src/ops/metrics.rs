@@ -18,6 +18,8 @@ pub struct Metrics {
     pub registrations: Family<OutcomeLabel, Counter>,
     /// Executor sockets by how they ended.
     pub links_ended: Family<OutcomeLabel, Counter>,
+    /// Harness sockets by how they ended.
+    pub harnesses_ended: Family<OutcomeLabel, Counter>,
     /// Frames dropped because they do not decode or may not be there.
     pub frames_dropped: Counter,
     /// Streams reset because their reader was too slow.
@@ -74,6 +76,7 @@ impl Metrics {
         registry.register("calls", "Tool calls by tool and outcome", self.calls.clone());
         registry.register("registrations", "Executor registrations by outcome", self.registrations.clone());
         registry.register("links_ended", "Executor sockets by how they ended", self.links_ended.clone());
+        registry.register("harnesses_ended", "Harness sockets by how they ended", self.harnesses_ended.clone());
         registry.register("frames_dropped", "Frames dropped as undecodable or misplaced", self.frames_dropped.clone());
         registry.register(
             "streams_overrun",

@@ -35,6 +35,11 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Frames written before the socket is flushed once.
 const WRITE_BATCH: usize = 32;
 
+/// Failed encrypted handshakes of one workspace after which it may begin no more on this link, and for how long. The
+/// executor's own bound is 8 of all workspaces together.
+const FAILED_HANDSHAKES_MAX: u32 = 2;
+const FAILED_HANDSHAKES_FOR: Duration = Duration::from_secs(60);
+
 /// Tells one socket from another of the same executor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LinkId(u64);
@@ -108,6 +113,8 @@ struct Shared {
     outbox: mpsc::Sender<Bytes>,
     routes: Mutex<Routes>,
     handshakes: Arc<Semaphore>,
+    /// Encrypted handshakes of harnesses that failed, by workspace. Bounded by the workspaces bound to the executor.
+    failed_handshakes: Mutex<HashMap<WorkspaceId, (u32, Instant)>>,
     opened: Instant,
     /// Milliseconds from `opened` to the last byte of the executor.
     heard_ms: AtomicU64,
@@ -135,6 +142,11 @@ struct Route {
 }
 
 impl Routes {
+    fn have_room(&self, workspace: &WorkspaceId, settings: &config::Link) -> bool {
+        let of_workspace = self.per_workspace.get(workspace).copied().unwrap_or(0);
+        self.streams.len() < settings.streams_max && of_workspace < settings.workspace_streams_max
+    }
+
     fn remove(&mut self, stream: &StreamId, id: RouteId) {
         if self.streams.get(stream).is_none_or(|route| route.id != id) {
             return;
@@ -161,6 +173,7 @@ impl LinkHandle {
         let handle = Self(Arc::new(Shared {
             id: LinkId(NEXT.fetch_add(1, Ordering::Relaxed)),
             handshakes: Arc::new(Semaphore::new(settings.handshakes_pending_max)),
+            failed_handshakes: Mutex::default(),
             registration,
             settings,
             metrics,
@@ -206,6 +219,11 @@ impl LinkHandle {
         self.routes().streams.len()
     }
 
+    /// Whether the workspace may open another stream right now.
+    pub fn has_room(&self, workspace: &WorkspaceId) -> bool {
+        self.routes().have_room(workspace, &self.0.settings)
+    }
+
     /// Opens a stream under an id of the gateway's choice.
     ///
     /// # Errors
@@ -232,8 +250,7 @@ impl LinkHandle {
         if routes.streams.contains_key(&id) {
             return Err(OpenError::Taken);
         }
-        let of_workspace = routes.per_workspace.get(workspace).copied().unwrap_or(0);
-        if routes.streams.len() >= settings.streams_max || of_workspace >= settings.workspace_streams_max {
+        if !routes.have_room(workspace, settings) {
             return Err(OpenError::TooManyStreams);
         }
         routes.next += 1;
@@ -279,6 +296,33 @@ impl LinkHandle {
                 runtime.spawn(async move { link.send(frame).await });
             }
         }
+    }
+
+    /// Counts a frame that is for nobody.
+    pub(super) fn drop_frame(&self) {
+        self.0.metrics.frames_dropped.inc();
+    }
+
+    /// Whether a workspace may not begin encrypted streams for now: an executor locks everybody out after some failed
+    /// handshakes, whoever they are of (codex-exec-server.md §3.2).
+    pub fn locks_out(&self, workspace: &WorkspaceId) -> bool {
+        let failures = self.failed_handshakes();
+        failures
+            .get(workspace)
+            .is_some_and(|(count, last)| *count >= FAILED_HANDSHAKES_MAX && last.elapsed() < FAILED_HANDSHAKES_FOR)
+    }
+
+    /// Counts an encrypted handshake of this workspace that the executor refused.
+    pub(super) fn handshake_failed(&self, workspace: &WorkspaceId) {
+        let mut failures = self.failed_handshakes();
+        failures.retain(|_, (_, last)| last.elapsed() < FAILED_HANDSHAKES_FOR);
+        let (count, last) = failures.entry(workspace.clone()).or_insert((0, Instant::now()));
+        *count += 1;
+        *last = Instant::now();
+    }
+
+    fn failed_handshakes(&self) -> MutexGuard<'_, HashMap<WorkspaceId, (u32, Instant)>> {
+        self.0.failed_handshakes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends every stream of a workspace that may reach the executor no more, here and at the executor, but for those

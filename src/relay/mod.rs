@@ -6,6 +6,8 @@
 
 pub mod client;
 pub mod conversation;
+mod gate;
+pub mod harness;
 pub mod link;
 pub mod noise;
 pub mod process_tree;

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::future::{BoxFuture, Shared};
+use futures_util::{FutureExt, stream};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
@@ -17,11 +18,12 @@ use tokio::time::timeout;
 
 use super::live::{Cut, Follow, Live, Step};
 use super::{OutputQuery, bad_request, chunk, exit, lost};
-use crate::api::Api;
 use crate::api::error::ApiError;
-use crate::auth::bearer;
+use crate::api::{Api, credential};
 use crate::edge::body::Body;
+use crate::edge::listener::Ending;
 use crate::journal::Page;
+use crate::session::{Place, Session};
 
 /// Silence after which a comment is sent, so that proxies keep the connection and a caller that left is noticed.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -40,7 +42,7 @@ pub(super) fn wanted(headers: &HeaderMap) -> bool {
 
 /// `GET …/processes/{sid}/output` with `Accept: text/event-stream`.
 pub(super) async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let live = Live::admit(api, id, bearer(request.headers())?).await?;
+    let live = Live::admit(api, id, &credential::of_request(&request)?).await?;
     let query = OutputQuery::parse(api, request.uri().query().unwrap_or_default())?;
     if query.offset.is_some() || query.head_tail.is_some() {
         return Err(bad_request("events go by number: neither offset nor view"));
@@ -54,11 +56,15 @@ pub(super) async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>)
         }
     };
     let follow = Follow::new(live.session.clone(), since, query.tag);
-    let frames = stream::unfold(Some(Events { live, follow }), |events| async {
+    let cut = live.cut.shared();
+    let ending = Ending::when(cut.clone().map(drop));
+    let events = Events { session: live.session, cut, follow, _place: live.place };
+    let frames = stream::unfold(Some(events), |events| async {
         let (piece, events) = events?.next().await;
         Some((Ok::<_, Infallible>(Frame::data(Bytes::from(piece))), events))
     });
     let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)));
+    response.extensions_mut().insert(ending);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
@@ -68,8 +74,10 @@ pub(super) async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>)
 }
 
 struct Events {
-    live: Live,
+    session: Arc<Session>,
+    cut: Shared<BoxFuture<'static, Cut>>,
     follow: Follow,
+    _place: Place,
 }
 
 impl Events {
@@ -77,16 +85,16 @@ impl Events {
     async fn next(mut self) -> (String, Option<Self>) {
         let step = tokio::select! {
             biased;
-            cut = &mut self.live.cut => return (farewell(&cut), None),
+            cut = &mut self.cut => return (farewell(&cut), None),
             step = timeout(KEEP_ALIVE, self.follow.next()) => step,
         };
         match step {
             Err(_) => {
-                self.live.session.touch();
+                self.session.touch();
                 (": keep-alive\n\n".to_owned(), Some(self))
             }
             Ok(Ok(Step::Page(page))) => (page_events(&page), Some(self)),
-            Ok(Ok(Step::Exit)) => (event("exit", None, &exit(&self.live.session)), None),
+            Ok(Ok(Step::Exit)) => (event("exit", None, &exit(&self.session)), None),
             Ok(Err(error)) => (event("failed", None, &told(&error)), None),
         }
     }
@@ -109,7 +117,7 @@ fn farewell(cut: &Cut) -> String {
         Cut::Draining => format!("retry: {RETRY_MS}\n{}", event("draining", None, &json!({}))),
         Cut::Forgotten => event("forgotten", None, &json!({})),
         // Whoever holds the credential is told as at any door.
-        Cut::Revoked(refused) => event("revoked", None, &told(&ApiError::from(refused.clone()))),
+        Cut::Refused(refused) => event("revoked", None, &told(&ApiError::from(refused.clone()))),
     }
 }
 

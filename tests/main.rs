@@ -10,6 +10,7 @@ mod files;
 mod limits;
 mod links;
 mod registration;
+mod relink;
 mod rest;
 mod restart;
 mod sessions;

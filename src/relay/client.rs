@@ -164,7 +164,7 @@ enum End {
 
 impl Client {
     /// Encrypts the stream, proves our right by `authorization`, and initializes an executor session on it: a new one, or
-    /// the one to resume. Cancelling resets the stream.
+    /// the one to resume. Cancelling resets the stream, and so does `stop`, then or later.
     ///
     /// # Errors
     /// [`ConnectError`]; nothing has run on the executor then.
@@ -173,6 +173,7 @@ impl Client {
         identity: &GatewayIdentity,
         authorization: &str,
         resume: Option<ExecutorSessionId>,
+        stop: CancellationToken,
     ) -> Result<Self, ConnectError> {
         let link = stream.link().clone();
         let settings = link.settings();
@@ -202,7 +203,7 @@ impl Client {
             in_flight: Arc::new(Semaphore::new(settings.requests_in_flight_max)),
             file_handles: Arc::new(Semaphore::new(FILE_HANDLES_MAX)),
             answer_timeout: Duration::from_secs(settings.answer_timeout_secs),
-            stop: CancellationToken::new(),
+            stop,
             ended: CancellationToken::new(),
         });
         tokio::spawn(run(stream, channel, messages, shared.clone(), settings.message_bytes_max));
@@ -225,6 +226,11 @@ impl Client {
         self.session.as_ref()
     }
 
+    /// Whether this conversation is in the executor session of that one, so that the processes are the same.
+    pub fn continues(&self, former: &Self) -> bool {
+        self.session.is_some() && self.session == former.session
+    }
+
     /// Whether the conversation is over.
     pub fn is_ended(&self) -> bool {
         self.shared.ended.is_cancelled()
@@ -235,9 +241,14 @@ impl Client {
         self.shared.ended.cancelled().await;
     }
 
-    /// Ends the conversation and all calls on it, since the right to it was taken away.
+    /// Ends the conversation and all calls on it.
     pub fn close(&self) {
         self.shared.stop.cancel();
+    }
+
+    /// Returns when the conversation is closed from this side, be it over before or not: it is not to be continued.
+    pub async fn closed(&self) {
+        self.shared.stop.cancelled().await;
     }
 
     /// Calls one method and waits for its result. Dropping the future forgets the call; the executor may still carry

@@ -17,6 +17,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use super::{EndSignal, Session, Sessions, StdinMode};
 use crate::config::Secret;
@@ -196,13 +197,14 @@ impl Task {
         let stream = workspace.open_own_stream(&binding).await?;
         let resume = self.session.row().executor_session.map(|secret| ExecutorSessionId::new(secret.expose()));
         let resumes = resume.is_some();
-        let client = workspace.converse(stream, resume).await.map_err(|error| match error {
-            ConnectError::Initialize(CallError::Rpc(refusal)) if resumes && refusal.code == ALREADY_ATTACHED => {
-                AttachError::Busy
-            }
-            ConnectError::Initialize(CallError::Rpc(_)) if resumes => AttachError::Gone,
-            error => AttachError::Connect(error),
-        })?;
+        let client =
+            workspace.converse(stream, resume, CancellationToken::new()).await.map_err(|error| match error {
+                ConnectError::Initialize(CallError::Rpc(refusal)) if resumes && refusal.code == ALREADY_ATTACHED => {
+                    AttachError::Busy
+                }
+                ConnectError::Initialize(CallError::Rpc(_)) if resumes => AttachError::Gone,
+                error => AttachError::Connect(error),
+            })?;
         if !resumes {
             // Before the start is sent: only with this can a later gateway process ask whether it arrived.
             let session = client.session().map(|id| Secret::new(id.reveal().to_owned()));
@@ -221,7 +223,7 @@ impl Task {
             match self.while_waiting(&mut events, client.call(&start)).await {
                 Ok(_) => {}
                 // It was sent before the link was lost, and had arrived.
-                Err(CallError::Rpc(refusal)) if refusal.message.contains("already exists") => {}
+                Err(CallError::Rpc(refusal)) if refusal.is_known_process() => {}
                 Err(CallError::Rpc(refusal)) => {
                     self.finish(SessionState::Failed, Some(refusal.message)).await;
                     return Outcome::Over;

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::auth::cap_token::CapTokenRefused;
 use crate::auth::{Auth, Principal};
@@ -46,6 +48,10 @@ pub struct Corridor {
     pub link: Arc<config::Link>,
     /// Bounds and times of workspaces.
     pub settings: config::Workspaces,
+    /// Tasks that end what calls have left behind at executors.
+    pub endings: TaskTracker,
+    /// Cancelled when the gateway stops: no call and no ending waits any longer for an executor that is away.
+    pub stop: CancellationToken,
 }
 
 /// Why a workspace cannot reach an executor.
@@ -199,7 +205,8 @@ impl Workspace {
         self.open_stream(&self.own_right()?, binding).await
     }
 
-    /// Starts the conversation on a stream of this workspace, in a new executor session or in the one to resume.
+    /// Starts the conversation on a stream of this workspace, in a new executor session or in the one to resume. `stop`
+    /// ends it.
     ///
     /// # Errors
     /// [`ConnectError`].
@@ -207,12 +214,13 @@ impl Workspace {
         &self,
         stream: StreamHandle,
         resume: Option<ExecutorSessionId>,
+        stop: CancellationToken,
     ) -> Result<Client, ConnectError> {
         let registration = stream.link().registration();
         let identity = &self.corridor.identity;
         let harness = self.corridor.auth.harness();
         let authorization = harness.mint(&self.id, &registration.executor, &registration.id, &identity.key_digest());
-        Client::connect(stream, identity, &authorization, resume).await
+        Client::connect(stream, identity, &authorization, resume, stop).await
     }
 
     /// Opens a stream to a bound executor: the only way from a caller to an executor, so rights and bounds are

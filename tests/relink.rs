@@ -191,6 +191,18 @@ async fn a_command_whose_time_is_over_while_the_link_is_away_is_ended_when_it_is
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_command_whose_wait_is_over_is_ended_when_the_link_is_back_after_all() {
+    let line = Line::with(|config| config.tools.relink_wait_secs = 1).await;
+    let marker = Marker::new();
+    let call = line.call("shell", json!({ "command": ["sleep", marker.to_string()] }));
+    marker.is_on(1).await;
+    line.proxy.shut();
+    assert_eq!(call.await.unwrap().json()["error"]["ran"], "unknown");
+    line.proxy.open();
+    marker.is_on(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn twenty_commands_of_one_executor_outlive_the_same_cut_once_each() {
     let line = Line::start().await;
     let calls = (0..20).map(|n| {
@@ -267,4 +279,56 @@ async fn a_start_that_was_not_answered_is_asked_again_and_has_run_once() {
         assert_eq!(result["stdout"], format!("{}\n", scene.credentials), "{ran}");
         assert_eq!((scene.executor.asked("process/start"), scene.executor.processes()), (2, 1), "{ran}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_executor_that_has_not_noticed_the_loss_yet_is_asked_again() {
+    let scene = Scene::start().await;
+    scene.executor.on("process/start", Reply::Unanswered);
+    let call = scene.call();
+    scene.link.ended().await;
+    scene.executor.on("initialize", Reply::Refused(-32010, "session x is already attached"));
+    scene.executor.on("process/start", Reply::Usual);
+    let _link = scene.executor.register_and_dial().await;
+    eventually("it is asked again", async || (scene.executor.asked("initialize") > 3).then_some(())).await;
+    scene.executor.on("initialize", Reply::Usual);
+    assert_eq!(result(call).await["stdout"], format!("{}\n", scene.credentials));
+    assert_eq!(scene.executor.processes(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_stops_waits_for_no_link() {
+    let gateway = TestGateway::with(|config| {
+        config.tools.relink_wait_secs = 3600;
+        config.drain.grace_secs = 1;
+    })
+    .await;
+    let caller = gateway.caller("w").await;
+    let credentials = gateway.executor("w", "box").await;
+    let (executor, link) = FakeExecutor::connected(&gateway, &credentials).await;
+    executor.on("process/start", Reply::Hangup);
+    let arguments = json!({ "command": "true", "timeout_ms": 3_600_000 });
+    let call = tokio::spawn(async move { caller.tool("box", "shell", arguments).await });
+    link.ended().await;
+    let corridor = gateway.gateway.api().corridor.clone();
+    gateway.gateway.run_until(std::future::ready(())).await;
+    let answer = call.await.unwrap();
+    assert_eq!((answer.status.as_u16(), answer.code().as_str()), (502, "executor_unreachable"));
+    eventually("nobody waits", async || corridor.endings.is_empty().then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_is_still_being_started_is_waited_for() {
+    // The real executor answers so under load, even after the process has begun to print.
+    let scene = Scene::start().await;
+    scene.executor.on("process/start", Reply::Unanswered);
+    let call = scene.call();
+    scene.link.ended().await;
+    scene.executor.on("process/read", Reply::Refused(-32600, "process id x is starting"));
+    scene.executor.on("process/start", Reply::Usual);
+    let _link = scene.executor.register_and_dial().await;
+    eventually("it is asked again", async || (scene.executor.asked("process/read") > 2).then_some(())).await;
+    scene.executor.on("process/read", Reply::Usual);
+    assert_eq!(result(call).await["stdout"], format!("{}\n", scene.credentials));
+    assert_eq!(scene.executor.processes(), 1);
 }

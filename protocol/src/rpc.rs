@@ -75,6 +75,11 @@ impl RpcError {
     pub fn is_known_process(&self) -> bool {
         self.code == INVALID_REQUEST && self.message.contains("already exists")
     }
+
+    /// Whether a process cannot be read since it is only being started, by another conversation of the session.
+    pub fn is_starting_process(&self) -> bool {
+        self.code == INVALID_REQUEST && self.message.ends_with("is starting")
+    }
 }
 
 /// Why a text is not a message.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use serde_json::value::RawValue;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::noise::{Channel, Context, GatewayIdentity, NoiseError, Pending, TAG_BYTES};
@@ -20,7 +20,8 @@ use crate::protocol::frame::{Body, Frame, data_header};
 use crate::protocol::message::{MessageError, MessageReader, RECORD_BYTES_MAX, write_message};
 use crate::protocol::rpc::{
     EnvironmentInfo, ExecutorSessionId, INITIALIZED, Incoming, Initialize, Method, ProcessClosed, ProcessExited,
-    ProcessOutput, RequestId, RpcError, RpcParseError, encode_notification, encode_request,
+    ProcessOutput, ProcessOutputPage, ProcessRead, RequestId, RpcError, RpcParseError, encode_notification,
+    encode_request,
 };
 
 /// How the gateway introduces itself.
@@ -35,6 +36,10 @@ const EVENTS_MAX: usize = 128;
 
 /// Handles open at once; executors hold 128 per connection, and some may wait to be closed.
 const FILE_HANDLES_MAX: usize = 64;
+
+/// How long a process may be only being started, and the pause before it is asked for again.
+const STARTING_WAIT: Duration = Duration::from_secs(10);
+const STARTING_PAUSE: Duration = Duration::from_millis(20);
 
 /// Why an executor could not be reached over a new stream.
 #[derive(Debug, thiserror::Error)]
@@ -261,6 +266,25 @@ impl Client {
             .await
             .map_err(|_| CallError::NoAnswer)??;
         serde_json::from_str(answer.get()).map_err(CallError::Malformed)
+    }
+
+    /// What the executor's ring has of a process behind number `after_seq`. Waits a while if the process is only being started:
+    /// that may have been asked by a conversation that was lost, and its id is taken from then on.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn read_process(&self, process: &str, after_seq: u64) -> Result<ProcessOutputPage, CallError> {
+        let process_id = process.to_owned();
+        let read = ProcessRead { process_id, after_seq: Some(after_seq), max_bytes: None, wait_ms: Some(0) };
+        let until = Instant::now() + STARTING_WAIT;
+        loop {
+            match self.call(&read).await {
+                Err(CallError::Rpc(refusal)) if refusal.is_starting_process() && Instant::now() < until => {
+                    sleep(STARTING_PAUSE).await;
+                }
+                answer => return answer,
+            }
+        }
     }
 
     async fn send_request(&self, method: &str, params: &impl serde::Serialize) -> Result<Box<RawValue>, CallError> {

@@ -126,9 +126,12 @@ impl ProcessEvents {
         }
         name_missing(&mut happened, &mut missing, self.newest);
         let seen_now = happened.iter().any(|event| matches!(event, Happened::Exited { .. }));
-        if page.exited && exit_is_new && !seen_now {
-            // Among the lost where there is no number for it behind them: other processes went on printing.
-            self.exit_seq = without_chunk.or_else(|| one_less_missing(&mut happened));
+        if page.exited && !seen_now {
+            if exit_is_new {
+                // Among the lost where there is no number for it behind them: other processes went on printing.
+                self.exit_seq = without_chunk.or_else(|| one_less_missing(&mut happened));
+            }
+            // Its code once more where its number is behind us: who was told may have been another gateway process.
             happened.push(Happened::Exited { code: page.exit_code });
         }
         if page.closed && !closed {
@@ -292,7 +295,7 @@ mod tests {
         let lost = vec![missing(4, 6), output(8), EXITED, Happened::Closed];
         assert_eq!(ended(2, None, page(8..9, 10, true, true)), (lost, Some(7)));
         // The exit was told before, so that all five are chunks.
-        let told = vec![missing(5, 7), output(8), Happened::Closed];
+        let told = vec![missing(5, 7), output(8), EXITED, Happened::Closed];
         assert_eq!(ended(2, Some(2), page(8..9, 10, true, true)), (told, Some(2)));
         // Known, but behind what is here: it comes again.
         let again = vec![missing(4, 6), output(8), EXITED, Happened::Closed];

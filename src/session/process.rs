@@ -24,7 +24,7 @@ use crate::config::Secret;
 use crate::journal::{Append, Journal, JournalError};
 use crate::protocol::path::FileUri;
 use crate::protocol::rpc::{
-    ALREADY_ATTACHED, EnvPolicy, EnvironmentInfo, ExecutorSessionId, OutputStream, ProcessRead, ProcessStart,
+    ALREADY_ATTACHED, EnvPolicy, EnvironmentInfo, ExecutorSessionId, OutputStream, ProcessStart,
 };
 use crate::relay::client::{CallError, Client, ConnectError, ProcessEvent};
 use crate::relay::process_events::{Happened, ProcessEvents};
@@ -290,9 +290,9 @@ impl Task {
     /// Brings what the executor's ring has beyond the journal: nothing after a fresh start, all that was missed after a
     /// loss. Gives how it ended where that was the end.
     async fn read_ring(&mut self, client: &Client, events: &mut mpsc::Receiver<ProcessEvent>) -> Option<Outcome> {
-        let process_id = self.session.row().process;
-        let read = ProcessRead { process_id, after_seq: Some(self.events.newest()), max_bytes: None, wait_ms: Some(0) };
-        let page = match self.while_waiting(events, client.call(&read)).await {
+        let process = self.session.row().process;
+        let page = client.read_process(&process, self.events.newest());
+        let page = match self.while_waiting(events, page).await {
             Ok(page) => page,
             Err(CallError::Rpc(refusal)) => {
                 self.finish(SessionState::Lost, Some(refusal.message)).await;

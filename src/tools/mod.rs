@@ -239,7 +239,7 @@ impl WayBack<'_> {
     /// The call has got on: the next loss is waited for in full.
     fn got_on(&mut self) {
         self.left = Duration::from_secs(self.call.settings.relink_wait_secs);
-        self.pause = Duration::ZERO;
+        self.pause = RELINK_PAUSE;
     }
 
     /// The client after the one that was lost; `sent` says whether a request may have reached the executor by it. It is

@@ -70,7 +70,13 @@ impl Left {
                 ended => return ended,
             }
             match Pool::successor(&self.workspace, &self.binding, Use::Processes, &self.client).await {
-                Some(next) if next.continues(&self.client) => self.client = next,
+                Some(next) if next.continues(&self.client) => {
+                    self.client = next;
+                    // What is only being started is not ended yet by asking for it.
+                    if let Err(CallError::Rpc(_)) = self.client.read_process(&self.id, u64::MAX).await {
+                        tracing::debug!("a process that may have been started was not");
+                    }
+                }
                 // It went with its executor session, or is the executor's to end when nobody comes for it.
                 Some(_) | None => return Ok(()),
             }

@@ -15,7 +15,7 @@ use super::command::{Command, check_env};
 use super::process::Process;
 use super::{Call, Tool, ToolError, WayBack, failure, resolve};
 use crate::protocol::rest::{Content, Ran, ToolResult};
-use crate::protocol::rpc::{EnvPolicy, OutputStream, ProcessOutputPage, ProcessRead, ProcessStart};
+use crate::protocol::rpc::{EnvPolicy, OutputStream, ProcessOutputPage, ProcessStart};
 use crate::relay::client::{CallError, Client, ProcessEvent, ProcessHandler};
 use crate::relay::process_events::{Happened, ProcessEvents};
 use crate::relay::process_tree::MARK;
@@ -99,6 +99,11 @@ async fn run(
                 process.gone();
                 break false;
             }
+            // All of it is here; only the answer to the start is not.
+            Ok(Err(CallError::Lost { .. })) if output.is_whole() => {
+                process.gone();
+                break false;
+            }
             Ok(Err(CallError::Rpc(refusal))) => {
                 process.gone();
                 if begun != Start::Begun {
@@ -162,9 +167,7 @@ async fn follow(
         if stage == Stage::Closed {
             return Ok(());
         }
-        let (process_id, after_seq) = (start.process_id.clone(), Some(output.newest()));
-        let read = ProcessRead { process_id, after_seq, max_bytes: None, wait_ms: Some(0) };
-        output.merge(client.call(&read).await?);
+        output.merge(client.read_process(&start.process_id, output.newest()).await?);
         way.got_on();
     }
 }
@@ -227,6 +230,10 @@ impl Output {
 
     fn newest(&self) -> u64 {
         lock(&self.collected).events.newest()
+    }
+
+    fn is_whole(&self) -> bool {
+        *self.stage.borrow() == Stage::Closed
     }
 
     /// Waits until more does not come by itself.

@@ -73,6 +73,8 @@ pub enum Reply {
     Unanswered,
     /// The end of the stream.
     Reset,
+    /// An error of this code and text.
+    Refused(i64, &'static str),
 }
 
 impl FakeExecutor {
@@ -353,7 +355,7 @@ impl Socket {
                 self.held.push(Held::Handshake(stream, message));
                 Ok(())
             }
-            Reply::Usual => self.respond(stream, &message, false).await,
+            Reply::Usual | Reply::Refused(..) => self.respond(stream, &message, false).await,
             Reply::Tampered | Reply::Garbage => self.respond(stream, &message, true).await,
         }
     }
@@ -435,6 +437,11 @@ impl Socket {
                 Ok(())
             }
             Reply::Garbage => self.seal(stream, b"{]", false).await,
+            Reply::Refused(code, message) => {
+                let error = json!({ "code": code, "message": message });
+                let answer = json!({ "id": request["id"], "error": error });
+                self.seal(stream, answer.to_string().as_bytes(), false).await
+            }
             Reply::Usual => self.answer(stream, request, false).await,
             Reply::Tampered => self.answer(stream, request, true).await,
         }

@@ -10,6 +10,7 @@ use crate::edge::body::BodyError;
 use crate::edge::upgrade::UpgradeError;
 use crate::protocol::rest::Ran;
 use crate::relay::client::{CallError, ConnectError};
+use crate::relay::conversation::HandshakeError;
 use crate::session::{SessionError, StdinError};
 use crate::store::StoreError;
 use crate::tools::ToolError;
@@ -168,14 +169,12 @@ impl From<&ReachError> for ApiError {
             ReachError::NoEnvironment(_) => Self::new(404, "env_not_found", message),
             ReachError::NotConnected(_) => Self::new(503, "executor_not_connected", message).retry_after(2),
             ReachError::TooManyStreams => Self::new(429, "too_many_streams", message).retry_after(1),
+            ReachError::StreamTaken => Self::new(409, "stream_taken", message),
             ReachError::Unreachable { source, .. } => {
                 let (status, code) = match &**source {
-                    ConnectError::HandshakeTimeout | ConnectError::Initialize(CallError::NoAnswer) => {
-                        (504, "executor_timeout")
-                    }
-                    ConnectError::Ended(_) | ConnectError::Noise(_) | ConnectError::Initialize(_) => {
-                        (502, "executor_unreachable")
-                    }
+                    ConnectError::Handshake(HandshakeError::Timeout)
+                    | ConnectError::Initialize(CallError::NoAnswer) => (504, "executor_timeout"),
+                    ConnectError::Handshake(_) | ConnectError::Initialize(_) => (502, "executor_unreachable"),
                 };
                 Self::new(status, code, message).with_ran(Ran::No).caused_by(error)
             }

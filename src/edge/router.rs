@@ -32,6 +32,8 @@ pub enum Route {
     RegisterAgentx,
     /// An executor asks whether to trust a harness.
     Validate,
+    /// A harness asks for the way to an encrypted executor.
+    Connect,
     /// An executor or a harness opens its socket.
     Bridge,
     /// The gateway is alive.
@@ -63,7 +65,8 @@ impl Route {
             | Self::ProcessTerminate
             | Self::RegisterCodex
             | Self::RegisterAgentx
-            | Self::Validate => Envelope::Json,
+            | Self::Validate
+            | Self::Connect => Envelope::Json,
         }
     }
 }
@@ -104,6 +107,7 @@ impl Router {
         add(Method::POST, "/agentx/environment/{id}/register", Route::RegisterAgentx);
         add(Method::POST, "/cloud/environment/{id}/validate", Route::Validate);
         add(Method::POST, "/cloud/executor/{id}/validate", Route::Validate);
+        add(Method::POST, "/cloud/environment/{id}/connect", Route::Connect);
         add(Method::GET, "/bridge/{id}", Route::Bridge);
         add(Method::GET, "/codex-exec/{id}", Route::Bridge);
         add(Method::GET, "/agentx/{id}", Route::Bridge);

@@ -1,23 +1,18 @@
-//! The executor's JSON-RPC over one encrypted stream, with the gateway as the caller.
+//! The executor's JSON-RPC over one conversation, with the gateway as the caller.
 //!
-//! One task owns the stream and both directions of its encryption. [`Client`] is a cheap handle: when the last one is
-//! dropped the task ends and the stream is reset. A call whose future is dropped is forgotten, its answer discarded.
+//! One task owns the conversation. [`Client`] is a cheap handle: when the last one is dropped the task ends and the
+//! stream is reset. A call whose future is dropped is forgotten, its answer discarded.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::BytesMut;
 use serde_json::value::RawValue;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::noise::{Channel, Context, GatewayIdentity, NoiseError, Pending, TAG_BYTES};
-use super::stream::{StreamEnd, StreamHandle};
-use crate::protocol::endpoint::{Endpoint, EndpointError, EndpointLimits};
-use crate::protocol::frame::{Body, Frame, data_header};
-use crate::protocol::message::{MessageError, MessageReader, RECORD_BYTES_MAX, write_message};
+use super::conversation::{Conversation, ConversationEnd, HandshakeError};
 use crate::protocol::rpc::{
     EnvironmentInfo, ExecutorSessionId, INITIALIZED, Incoming, Initialize, Method, ProcessClosed, ProcessExited,
     ProcessOutput, ProcessOutputPage, ProcessRead, RequestId, RpcError, RpcParseError, encode_notification,
@@ -41,18 +36,12 @@ const FILE_HANDLES_MAX: usize = 64;
 const STARTING_WAIT: Duration = Duration::from_secs(10);
 const STARTING_PAUSE: Duration = Duration::from_millis(20);
 
-/// Why an executor could not be reached over a new stream.
+/// Why an executor could not be reached over a new stream; nothing has run on it then.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The link or the stream ended during the handshake.
+    /// There is no conversation.
     #[error(transparent)]
-    Ended(#[from] StreamEnd),
-    /// The handshake failed.
-    #[error(transparent)]
-    Noise(#[from] NoiseError),
-    /// The executor did not finish the handshake in time.
-    #[error("the executor did not complete the encrypted handshake in time")]
-    HandshakeTimeout,
+    Handshake(#[from] HandshakeError),
     /// The executor did not accept the session.
     #[error("the executor refused to initialize")]
     Initialize(#[source] CallError),
@@ -150,17 +139,11 @@ struct Outgoing {
     json: Vec<u8>,
 }
 
-/// Why the conversation ended; for the log.
+/// Why the task ended; for the log.
 #[derive(Debug, thiserror::Error)]
 enum End {
     #[error(transparent)]
-    Stream(#[from] StreamEnd),
-    #[error(transparent)]
-    Sequence(#[from] EndpointError),
-    #[error(transparent)]
-    Noise(#[from] NoiseError),
-    #[error(transparent)]
-    Message(#[from] MessageError),
+    Conversation(#[from] ConversationEnd),
     #[error(transparent)]
     Rpc(#[from] RpcParseError),
     #[error("no longer used")]
@@ -168,39 +151,17 @@ enum End {
 }
 
 impl Client {
-    /// Encrypts the stream, proves our right by `authorization`, and initializes an executor session on it: a new one, or
-    /// the one to resume. Cancelling resets the stream, and so does `stop`, then or later.
+    /// Initializes an executor session on a conversation: a new one, or the one to resume. Cancelling ends the
+    /// conversation, and so does `stop`, then or later.
     ///
     /// # Errors
-    /// [`ConnectError`]; nothing has run on the executor then.
-    pub async fn connect(
-        mut stream: StreamHandle,
-        identity: &GatewayIdentity,
-        authorization: &str,
+    /// [`CallError`] when the executor did not accept.
+    pub async fn initialize(
+        conversation: Conversation,
         resume: Option<ExecutorSessionId>,
         stop: CancellationToken,
-    ) -> Result<Self, ConnectError> {
-        let link = stream.link().clone();
-        let settings = link.settings();
-        let handshake_timeout = Duration::from_secs(settings.handshake_timeout_secs);
-        let channel = timeout(handshake_timeout, async {
-            let _turn = link.handshakes().acquire().await;
-            let registration = link.registration();
-            let context =
-                Context { executor: &registration.executor, registration: &registration.id, stream: stream.id() };
-            let (pending, message) =
-                Pending::initiate(identity, &registration.public_key, &context, authorization.as_bytes())?;
-            let frame = Frame { stream_id: stream.id().clone(), body: Body::Handshake { payload: message } };
-            stream.send(frame.encode()).await?;
-            loop {
-                if let Body::Handshake { payload } = stream.receive().await? {
-                    return Ok::<_, ConnectError>(pending.finish(&payload)?);
-                }
-            }
-        })
-        .await
-        .map_err(|_| ConnectError::HandshakeTimeout)??;
-
+    ) -> Result<Self, CallError> {
+        let settings = conversation.sender.link().settings();
         let (outgoing, messages) = mpsc::channel(OUTGOING_MAX);
         let shared = Arc::new(Shared {
             calls: Mutex::default(),
@@ -211,13 +172,13 @@ impl Client {
             stop,
             ended: CancellationToken::new(),
         });
-        tokio::spawn(run(stream, channel, messages, shared.clone(), settings.message_bytes_max));
+        tokio::spawn(run(conversation, messages, shared.clone()));
         let mut client = Self { shared, outgoing, info: Arc::default(), session: None };
         let initialize = Initialize { client_name: CLIENT_NAME.into(), resume_session_id: resume };
-        let session = client.call(&initialize).await.map_err(ConnectError::Initialize)?;
+        let session = client.call(&initialize).await?;
         client.info = Arc::new(session.environment_info);
         client.session = session.session_id;
-        client.notify(INITIALIZED, &serde_json::json!({})).await.map_err(ConnectError::Initialize)?;
+        client.notify(INITIALIZED, &serde_json::json!({})).await?;
         Ok(client)
     }
 
@@ -439,49 +400,23 @@ impl Drop for EndGuard {
     }
 }
 
-/// Owns the stream and its encryption until either side ends it.
-async fn run(
-    mut stream: StreamHandle,
-    channel: Channel,
-    mut messages: mpsc::Receiver<Outgoing>,
-    shared: Arc<Shared>,
-    message_bytes_max: usize,
-) {
+/// Owns the conversation until either side ends it.
+async fn run(conversation: Conversation, mut messages: mpsc::Receiver<Outgoing>, shared: Arc<Shared>) {
     let _guard = EndGuard(shared.clone());
-    let stream_id = stream.id().clone();
-    let link = stream.link().clone();
-    // Shared by the two loops of this one task, so the lock is never contended.
-    let channel = Mutex::new(channel);
-
+    let Conversation { mut sender, mut receiver } = conversation;
+    let (executor, stream) = (sender.link().executor().clone(), sender.stream().clone());
     let reads = async {
-        let mut endpoint = Endpoint::new(EndpointLimits { message_bytes_max, ..EndpointLimits::default() });
-        let mut reader = MessageReader::new(message_bytes_max);
         loop {
-            let Body::Data(data) = stream.receive().await? else { continue };
-            endpoint.receive(data)?;
-            while let Some(record) = endpoint.next() {
-                let plain = channel.lock().unwrap_or_else(PoisonError::into_inner).open(&record)?;
-                reader.push(plain);
-                while let Some(message) = reader.next()? {
-                    shared.take_in(&message).await?;
-                }
-            }
+            let message = receiver.next().await?;
+            shared.take_in(&message).await?;
         }
     };
     let writes = async {
-        let mut endpoint = Endpoint::new(EndpointLimits::default());
         while let Some(message) = messages.recv().await {
             if let Some(id) = message.id {
                 shared.mark_sent(id);
             }
-            let mut plain = BytesMut::with_capacity(4 + message.json.len());
-            write_message(&mut plain, &message.json);
-            for record in plain.chunks(RECORD_BYTES_MAX) {
-                let length = record.len() + TAG_BYTES;
-                let mut frame = data_header(&stream_id, endpoint.next_seq()?, length, length);
-                channel.lock().unwrap_or_else(PoisonError::into_inner).seal(record, &mut frame)?;
-                link.send(frame.freeze()).await?;
-            }
+            sender.send(&message.json).await?;
         }
         Err::<(), End>(End::Unused)
     };
@@ -491,8 +426,10 @@ async fn run(
         () = shared.stop.cancelled() => Err(End::Unused),
     };
     match end {
-        Ok(()) | Err(End::Unused | End::Stream(_)) => tracing::debug!(stream = %stream_id, "conversation ended"),
-        Err(error) => tracing::warn!(executor = %link.executor(), stream = %stream_id, %error, "conversation broken"),
+        Ok(()) | Err(End::Unused | End::Conversation(ConversationEnd::Stream(_))) => {
+            tracing::debug!(%stream, "conversation ended");
+        }
+        Err(error) => tracing::warn!(%executor, %stream, %error, "conversation broken"),
     }
 }
 

@@ -1,12 +1,16 @@
 //! Moves frames between executors and those who call them.
 //!
-//! [`link`] owns an executor's socket, [`stream`] is the gateway's end of one conversation on it, [`noise`] the
-//! encryption of that conversation, and [`client`] speaks the executor's JSON-RPC over it. [`process_events`] puts what a
-//! client tells of a process in order.
+//! [`link`] owns an executor's socket, [`stream`] is the gateway's end of one stream on it, [`conversation`] the
+//! messages on that stream, [`noise`] their encryption, and [`client`] speaks the executor's JSON-RPC with them.
+//! [`process_events`] puts what a client tells of a process in order, [`spill`] holds what a harness has not read yet.
 
 pub mod client;
+pub mod conversation;
+mod gate;
+pub mod harness;
 pub mod link;
 pub mod noise;
 pub mod process_events;
 pub mod process_tree;
+pub mod spill;
 pub mod stream;

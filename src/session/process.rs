@@ -108,6 +108,9 @@ struct Task {
     binding: Option<Binding>,
     /// What follows the journal.
     events: ProcessEvents,
+    /// Until its ring is read for the first time: readers may have seen more of the output than the journal has now, from
+    /// the memory of an earlier gateway process.
+    restored: bool,
     exit_code: Option<i32>,
     deadline: Option<Instant>,
 }
@@ -117,11 +120,13 @@ struct Task {
 pub(super) async fn run(sessions: Arc<Sessions>, session: Arc<Session>, journal: Journal, binding: Option<Binding>) {
     let stop = sessions.stop.clone();
     let mark = journal.reader().last_mark().unwrap_or(0);
+    let restored = binding.is_none();
     let timeout = session.request.timeout_ms.map(Duration::from_millis);
     let age = session.created_at.elapsed().unwrap_or_default();
     let deadline = timeout.map(|timeout| Instant::now() + timeout.saturating_sub(age));
     let events = ProcessEvents::after(mark, session.row().exit_seq);
-    let mut task = Task { sessions, session, journal: Some(journal), binding, events, exit_code: None, deadline };
+    let mut task =
+        Task { sessions, session, journal: Some(journal), binding, events, restored, exit_code: None, deadline };
     let forgotten = task.session.forgotten.clone();
     let _ended = task.session.task_ended.clone().drop_guard();
     tokio::select! {
@@ -194,11 +199,12 @@ impl Task {
                 stored.ok_or(AttachError::Unbound)?
             }
         };
-        let stream = workspace.open_own_stream(&binding).await?;
+        // Its process is ended over it, also after the right has ended.
+        let stream = workspace.open_own_stream(&binding).await?.ended_by_holder();
         let resume = self.session.row().executor_session.map(|secret| ExecutorSessionId::new(secret.expose()));
         let resumes = resume.is_some();
         let client =
-            workspace.converse(stream, resume, CancellationToken::new()).await.map_err(|error| match error {
+            workspace.connect(stream, resume, CancellationToken::new()).await.map_err(|error| match error {
                 ConnectError::Initialize(CallError::Rpc(refusal)) if resumes && refusal.code == ALREADY_ATTACHED => {
                     AttachError::Busy
                 }
@@ -300,21 +306,28 @@ impl Task {
             }
             Err(_) => return Some(Outcome::Lost),
         };
+        let mut records = Records::default();
+        if std::mem::take(&mut self.restored) {
+            // A chunk has a number each, here and there. What stands for the missing ones has the last of theirs, so that
+            // no chunk behind it comes under a number that a reader has passed already.
+            let oldest = page.chunks.first().map_or(0, |chunk| chunk.seq);
+            let missing = oldest.saturating_sub(self.events.newest() + 1);
+            records.skip(missing.saturating_sub(gap_tags(self.session.request.tty).len() as u64));
+        }
         // The ring's content, then the live events behind it.
         let happened = self.events.merge(page);
-        let over = self.journal(happened).await || self.take_in().await;
+        let over = self.journal(records, happened).await || self.take_in().await;
         over.then_some(Outcome::Over)
     }
 
     /// Journals what follows the journal without a hole; true when the session is over.
     async fn take_in(&mut self) -> bool {
         let ready = self.events.by_ref().collect();
-        self.journal(ready).await
+        self.journal(Records::default(), ready).await
     }
 
     /// True when the session is over.
-    async fn journal(&mut self, happened: Vec<Happened>) -> bool {
-        let mut records = Records::default();
+    async fn journal(&mut self, mut records: Records, happened: Vec<Happened>) -> bool {
         let mut closed = false;
         for event in happened {
             match event {
@@ -464,9 +477,22 @@ struct Records(Vec<Record>);
 enum Record {
     Output { tag: u8, mark: u64, bytes: Vec<u8> },
     Missing { chunks: u64, mark: u64 },
+    Skipped { numbers: u64 },
+}
+
+/// Streams of which missing chunks may be: nobody knows which.
+fn gap_tags(tty: bool) -> &'static [u8] {
+    if tty { &[2] } else { &[0, 1] }
 }
 
 impl Records {
+    /// Leaves out numbers of the journal.
+    fn skip(&mut self, numbers: u64) {
+        if numbers > 0 {
+            self.0.push(Record::Skipped { numbers });
+        }
+    }
+
     fn output(&mut self, mark: u64, stream: OutputStream, bytes: Vec<u8>) {
         let tag = match stream {
             OutputStream::Stdout => 0,
@@ -485,6 +511,7 @@ impl Records {
     fn last_mark(&self) -> u64 {
         self.0.last().map_or(0, |record| match record {
             Record::Output { mark, .. } | Record::Missing { mark, .. } => *mark,
+            Record::Skipped { .. } => 0,
         })
     }
 
@@ -509,17 +536,29 @@ impl Records {
                 Record::Missing { chunks, mark } => {
                     result = result.and(append(journal, &std::mem::take(&mut outputs)));
                     bytes_waiting = 0;
-                    // Nobody knows which stream the missing chunks were of, so neither is whole any more.
-                    let tags: &[(u8, u64)] = if tty { &[(2, *chunks)] } else { &[(0, *chunks), (1, 0)] };
-                    for (tag, chunks) in tags {
-                        let gap = |journal: &mut Journal| journal.append_gap(*tag, None, *chunks, *mark).map(drop);
+                    // Counted once; none of the streams is whole any more.
+                    for (nth, tag) in gap_tags(tty).iter().enumerate() {
+                        let chunks = if nth == 0 { *chunks } else { 0 };
+                        let gap = |journal: &mut Journal| journal.append_gap(*tag, None, chunks, *mark).map(drop);
                         result = result.and(or_in_memory(journal, gap));
                     }
+                }
+                // Always the first.
+                Record::Skipped { numbers } => {
+                    result = result.and(or_in_memory(journal, |journal| journal.skip(*numbers)));
                 }
             }
         }
         result.and(append(journal, &outputs))
     }
+}
+
+/// Says in the journal of a session that is over that nobody knows what it printed.
+pub(super) fn name_as_lost(journal: &mut Journal, tty: bool) -> Result<(), JournalError> {
+    for tag in gap_tags(tty) {
+        or_in_memory(journal, |journal| journal.append_gap(*tag, None, 0, 0).map(drop))?;
+    }
+    Ok(())
 }
 
 fn append(journal: &mut Journal, outputs: &[Append<'_>]) -> Result<(), JournalError> {

@@ -7,6 +7,7 @@ pub mod cache;
 pub mod pool;
 pub mod resolver;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,10 +19,12 @@ use tokio_util::task::TaskTracker;
 use crate::auth::cap_token::CapTokenRefused;
 use crate::auth::{Auth, Principal};
 use crate::config;
+use crate::protocol::frame::StreamId;
 use crate::protocol::ids::WorkspaceId;
 use crate::protocol::rpc::ExecutorSessionId;
 use crate::registry::Registry;
 use crate::relay::client::{Client, ConnectError};
+use crate::relay::conversation::{Conversation, HandshakeError};
 use crate::relay::link::OpenError;
 use crate::relay::noise::GatewayIdentity;
 use crate::relay::stream::StreamHandle;
@@ -36,6 +39,8 @@ const LISTING_BYTES_MAX: usize = 256 * 1024;
 
 /// What all workspaces share.
 pub struct Corridor {
+    /// Where the gateway keeps its files.
+    pub state_dir: PathBuf,
     /// Durable state.
     pub store: Store,
     /// Who may do what.
@@ -66,6 +71,9 @@ pub enum ReachError {
     /// The link or the workspace's share of it is full.
     #[error("too many streams on this executor")]
     TooManyStreams,
+    /// The id that a harness chose for its stream is in use.
+    #[error("the stream id is taken")]
+    StreamTaken,
     /// The executor is connected and did not take the call.
     #[error("the executor of environment \"{environment}\" could not be reached")]
     Unreachable {
@@ -205,22 +213,30 @@ impl Workspace {
         self.open_stream(&self.own_right()?, binding).await
     }
 
-    /// Starts the conversation on a stream of this workspace, in a new executor session or in the one to resume. `stop`
-    /// ends it.
+    /// Starts a conversation on a stream of this workspace.
+    ///
+    /// # Errors
+    /// [`HandshakeError`].
+    pub async fn converse(&self, stream: StreamHandle) -> Result<Conversation, HandshakeError> {
+        let registration = stream.link().registration();
+        let identity = &self.corridor.identity;
+        let harness = self.corridor.auth.harness();
+        let authorization = harness.mint(&self.id, &registration.executor, &registration.id, &identity.key_digest());
+        Conversation::open(stream, identity, &authorization).await
+    }
+
+    /// The same with the gateway as the caller, in a new executor session or in the one to resume. `stop` ends it.
     ///
     /// # Errors
     /// [`ConnectError`].
-    pub async fn converse(
+    pub async fn connect(
         &self,
         stream: StreamHandle,
         resume: Option<ExecutorSessionId>,
         stop: CancellationToken,
     ) -> Result<Client, ConnectError> {
-        let registration = stream.link().registration();
-        let identity = &self.corridor.identity;
-        let harness = self.corridor.auth.harness();
-        let authorization = harness.mint(&self.id, &registration.executor, &registration.id, &identity.key_digest());
-        Client::connect(stream, identity, &authorization, resume, stop).await
+        let conversation = self.converse(stream).await?;
+        Client::initialize(conversation, resume, stop).await.map_err(ConnectError::Initialize)
     }
 
     /// Opens a stream to a bound executor: the only way from a caller to an executor, so rights and bounds are
@@ -229,6 +245,28 @@ impl Workspace {
     /// # Errors
     /// [`ReachError`]; nothing has reached the executor then.
     pub async fn open_stream(&self, right: &Principal, binding: &Binding) -> Result<StreamHandle, ReachError> {
+        self.open(right, binding, None).await
+    }
+
+    /// The same under an id that the caller has chosen.
+    ///
+    /// # Errors
+    /// As [`Self::open_stream`], and [`ReachError::StreamTaken`] when the id is in use on the executor's link.
+    pub async fn open_stream_as(
+        &self,
+        right: &Principal,
+        binding: &Binding,
+        id: StreamId,
+    ) -> Result<StreamHandle, ReachError> {
+        self.open(right, binding, Some(id)).await
+    }
+
+    async fn open(
+        &self,
+        right: &Principal,
+        binding: &Binding,
+        id: Option<StreamId>,
+    ) -> Result<StreamHandle, ReachError> {
         if right.workspace() != &self.id || binding.workspace() != &self.id {
             return Err(ReachError::Refused(CapTokenRefused::Revoked));
         }
@@ -238,11 +276,16 @@ impl Workspace {
         loop {
             let found = self.corridor.registry.link_soon(binding, seen, wait).await;
             let link = found.map_err(|_| ReachError::NotConnected(binding.name().to_string()))?;
-            match link.open_stream(&self.id) {
+            let opened = match &id {
+                None => link.open_stream(&self.id),
+                Some(id) => link.open_stream_as(id.clone(), &self.id),
+            };
+            match opened {
                 Ok(stream) => return Ok(stream),
                 // The link ended between the two: its successor is waited for like any other.
                 Err(OpenError::Disconnected) => {}
-                Err(OpenError::TooManyStreams | OpenError::Taken) => return Err(ReachError::TooManyStreams),
+                Err(OpenError::TooManyStreams) => return Err(ReachError::TooManyStreams),
+                Err(OpenError::Taken) => return Err(ReachError::StreamTaken),
             }
         }
     }

@@ -17,6 +17,7 @@ use super::{ReachError, Workspace};
 use crate::protocol::ids::ExecutorId;
 use crate::protocol::rpc::{ALREADY_ATTACHED, ExecutorSessionId};
 use crate::relay::client::{CallError, Client, ConnectError};
+use crate::relay::conversation::HandshakeError;
 use crate::relay::stream::StreamEnd;
 use crate::store::Binding;
 
@@ -181,7 +182,7 @@ async fn resume_or_begin(
     let mut tries = 0;
     loop {
         let stream = workspace.open_own_stream(binding).await?;
-        let error = match workspace.converse(stream, resume.clone(), withdrawn.child_token()).await {
+        let error = match workspace.connect(stream, resume.clone(), withdrawn.child_token()).await {
             Ok(client) => return Ok(client),
             Err(error) => error,
         };
@@ -194,7 +195,8 @@ async fn resume_or_begin(
                 }
                 continue;
             }
-            ConnectError::Ended(StreamEnd::Disconnected) | ConnectError::Initialize(CallError::Lost { .. }) => {
+            ConnectError::Handshake(HandshakeError::Ended(StreamEnd::Disconnected))
+            | ConnectError::Initialize(CallError::Lost { .. }) => {
                 tries += 1;
                 if tries < OPEN_TRIES {
                     continue;
@@ -202,7 +204,7 @@ async fn resume_or_begin(
             }
             _ => {}
         }
-        if let ConnectError::Ended(StreamEnd::Disconnected) = error {
+        if let ConnectError::Handshake(HandshakeError::Ended(StreamEnd::Disconnected)) = error {
             return Err(ReachError::NotConnected(environment()));
         }
         tracing::warn!(executor = %binding.executor(), %error, "no conversation with the executor");

@@ -240,9 +240,9 @@ async fn an_exit_before_the_gateway_was_killed_is_not_taken_for_one_of_the_chunk
     let piece = 8192;
     let bytes = noise(6, 512 * piece);
     std::fs::write(rig.file("block"), &bytes).unwrap();
-    // What was left behind prints when the process itself is over, in pieces of which the executor makes one chunk each.
-    let command = "main=$$; (while kill -0 $main; do sleep 0.02; done; echo late; while [ ! -e go ]; do sleep 0.02; done; \
-                   dd if=block bs=8192; touch done) 2>/dev/null & exit 5";
+    // What was left behind prints when the process itself is over, in pieces that become one chunk each.
+    let command = "main=$$; (while kill -0 $main; do sleep 0.02; done; echo late; \
+                   while [ ! -e go ]; do sleep 0.02; done; dd if=block bs=8192; touch done) 2>/dev/null & exit 5";
     let caller = rig.caller.clone();
     let session = start(&caller, json!({ "command": command, "stdin": "none" })).await;
     session.prints("late").await;

@@ -229,8 +229,8 @@ impl Client {
         serde_json::from_str(answer.get()).map_err(CallError::Malformed)
     }
 
-    /// What the executor's ring has of a process behind number `after_seq`. Waits a while if the process is only being started:
-    /// that may have been asked by a conversation that was lost, and its id is taken from then on.
+    /// What the executor's ring has of a process behind number `after_seq`. Waits a while if the process is only being
+    /// started: that may have been asked by a conversation that was lost, and its id is taken from then on.
     ///
     /// # Errors
     /// [`CallError`].

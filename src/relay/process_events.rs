@@ -39,8 +39,8 @@ pub enum Happened {
 #[derive(Debug, Default)]
 pub struct ProcessEvents {
     newest: u64,
-    /// Events by their number that wait for one before them: the executor tells output and errors from different places,
-    /// so the order of arrival is not quite that of the numbers.
+    /// Events by their number that wait for one before them: the executor tells output and errors from different
+    /// places, so the order of arrival is not quite that of the numbers.
     early: BTreeMap<u64, Event>,
     exit_seq: Option<u64>,
 }

@@ -73,7 +73,8 @@ impl Pool {
     }
 
     /// The client after one that was lost, in the same executor session if [`Client::continues`] says so. Tries until
-    /// there is one, so the caller must bound the wait; `None` when the right to it was taken away or the gateway stops.
+    /// there is one, so the caller must bound the wait; `None` when the right to it was taken away or the gateway
+    /// stops.
     pub async fn successor(
         workspace: &Arc<Workspace>,
         binding: &Binding,

@@ -11,6 +11,7 @@ mod harness;
 mod limits;
 mod links;
 mod registration;
+mod relink;
 mod rest;
 mod restart;
 mod sessions;

@@ -5,6 +5,7 @@ mod support;
 
 mod attach;
 mod cli;
+mod codex_harness;
 mod endure;
 mod files;
 mod harness;

@@ -501,15 +501,12 @@ async fn open<'a, S: AsyncRead + AsyncWrite + Unpin>(
                 tell(outbox, answer).await?;
             }
             Said::Initialize { id, resume } => {
-                let session = match resume.map(|name| ((names.open)(&name), name)) {
-                    None => None,
-                    Some((Some(session), _)) => Some(session),
-                    Some((None, name)) => {
-                        tell(outbox, gate::error(&id, INVALID_REQUEST, &format!("unknown session id {name}"))).await?;
-                        said = source.message(framing).await?;
-                        continue;
-                    }
-                };
+                let session = resume.as_deref().and_then(names.open);
+                if let (Some(name), None) = (&resume, &session) {
+                    tell(outbox, gate::error(&id, INVALID_REQUEST, &format!("unknown session id {name}"))).await?;
+                    said = source.message(framing).await?;
+                    continue;
+                }
                 // Before the executor is asked: the socket that had the session may be dead and not know it.
                 let held = session.as_ref().map(|session| names.attached.hold(session));
                 let request = gate::initialize(&said, session.as_ref());
@@ -523,13 +520,18 @@ async fn open<'a, S: AsyncRead + AsyncWrite + Unpin>(
                     }
                     sleep(ATTACH_PAUSE).await;
                 };
-                let Some((reply, session)) = gate::initialized(&reply, names.seal) else {
+                // A stock harness gives up a session that comes back under another name than the one it asked for.
+                let name = |given: &ExecutorSessionId| match &resume {
+                    Some(name) if session.as_ref() == Some(given) => name.clone(),
+                    _ => (names.seal)(given),
+                };
+                let Some((reply, given)) = gate::initialized(&reply, &name) else {
                     tell(outbox, reply).await?;
                     said = source.message(framing).await?;
                     continue;
                 };
                 tell(outbox, reply).await?;
-                return Ok(held.or_else(|| Some(names.attached.hold(&session?))));
+                return Ok(held.or_else(|| Some(names.attached.hold(&given?))));
             }
         }
         said = source.message(framing).await?;

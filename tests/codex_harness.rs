@@ -35,6 +35,7 @@ impl Turn {
         let token = rig.caller.token.as_deref().unwrap();
         let mut harness = AppServer::connected(route, gateway, &rig.credentials, token, &model).await;
         harness.begin_turn(&work).await;
+        harness.hears_of_the_command().await;
         eventually("the command runs", async || work.join("started").exists().then_some(())).await;
         Self { rig, harness, model, work, _front: front }
     }

@@ -87,6 +87,16 @@ impl AppServer {
         self.call("turn/start", json!({ "threadId": thread, "input": input, "environments": environments })).await;
     }
 
+    /// Waits until the command of the turn runs and the harness knows it.
+    pub async fn hears_of_the_command(&mut self) {
+        loop {
+            let message = self.hear().await;
+            if message["method"] == "item/started" && message["params"]["item"]["type"] == "commandExecution" {
+                return;
+            }
+        }
+    }
+
     /// Waits until the turn is over, which must have come to its end.
     pub async fn end_turn(&mut self) {
         loop {

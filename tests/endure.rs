@@ -17,22 +17,23 @@ use sha2::{Digest, Sha256};
 use crate::restart::{free_address, workspace};
 use crate::sessions::{Started, sha256, start};
 use crate::support::{
-    Caller, CodexExecutor, DaemonProcess, FakeExecutor, MIB, Marker, Proxy, Reply, Scratch, TestGateway, Workbench,
-    eventually, noise,
+    Caller, CodexExecutor, Credentials, DaemonProcess, FakeExecutor, MIB, Marker, Proxy, Reply, Scratch, TestGateway,
+    Workbench, eventually, noise,
 };
 
 /// The real daemon and the real executor, with a link between them that can be cut.
-struct Rig {
+pub struct Rig {
     state: Scratch,
-    address: SocketAddr,
+    pub address: SocketAddr,
     daemon: Option<DaemonProcess>,
-    caller: Caller,
-    proxy: Proxy,
+    pub caller: Caller,
+    pub credentials: Credentials,
+    pub proxy: Proxy,
     executor: CodexExecutor,
 }
 
 impl Rig {
-    async fn start() -> Self {
+    pub async fn start() -> Self {
         Self::with(&[]).await
     }
 
@@ -48,15 +49,15 @@ impl Rig {
         let proxy = Proxy::to(address).await;
         let url = format!("http://{}", proxy.address);
         let executor = CodexExecutor::connected(&url, &credentials, &caller, "box").await;
-        Self { state, address, daemon: Some(daemon), caller, proxy, executor }
+        Self { state, address, daemon: Some(daemon), caller, credentials, proxy, executor }
     }
 
-    async fn kill_and_restart(&mut self) {
+    pub async fn kill_and_restart(&mut self) {
         self.daemon.take().unwrap().kill().await;
         self.daemon = Some(DaemonProcess::start(&self.state, self.address, &[]).await);
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    pub fn file(&self, name: &str) -> PathBuf {
         self.executor.home().join(name)
     }
 

@@ -12,7 +12,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use crate::support::{Answer, Caller, Credentials, FakeExecutor, FakeLink, Reply, TestGateway, eventually};
 
-const HANDSHAKE: [(&str, &str); 4] = [
+pub const HANDSHAKE: [(&str, &str); 4] = [
     ("connection", "Upgrade"),
     ("upgrade", "websocket"),
     ("sec-websocket-version", "13"),
@@ -20,20 +20,20 @@ const HANDSHAKE: [(&str, &str); 4] = [
 ];
 
 /// A gateway, its workspace's caller, and a stand-in on the line under the name `box`.
-struct Scene {
-    gateway: TestGateway,
-    caller: Caller,
-    credentials: Credentials,
-    executor: FakeExecutor,
-    link: FakeLink,
+pub struct Scene {
+    pub gateway: TestGateway,
+    pub caller: Caller,
+    pub credentials: Credentials,
+    pub executor: FakeExecutor,
+    pub link: FakeLink,
 }
 
 impl Scene {
-    async fn start() -> Self {
+    pub async fn start() -> Self {
         Self::with(|_| {}).await
     }
 
-    async fn with(change: impl FnOnce(&mut exec_gateway::config::Config)) -> Self {
+    pub async fn with(change: impl FnOnce(&mut exec_gateway::config::Config)) -> Self {
         let gateway = TestGateway::with(change).await;
         let caller = gateway.caller("w").await;
         let credentials = gateway.executor("w", "box").await;

@@ -4,7 +4,9 @@
 mod support;
 
 mod attach;
+mod bridge_faults;
 mod cli;
+mod codex_harness;
 mod endure;
 mod files;
 mod harness;

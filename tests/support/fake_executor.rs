@@ -54,7 +54,7 @@ struct Process {
     open: watch::Sender<bool>,
 }
 
-/// What it does with a request. `handshake` counts as a method here.
+/// What it does with a request. `handshake` counts as a method here, and `reset` is asked for as one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reply {
     /// What an executor in good health does.
@@ -339,6 +339,7 @@ impl Socket {
             Body::Handshake { payload } => self.handshake(stream_id, payload).await,
             Body::Data(data) => self.data(&stream_id, data).await,
             Body::Reset { .. } => {
+                self.executor.reply("reset");
                 self.streams.remove(&stream_id);
                 Ok(())
             }
@@ -405,8 +406,10 @@ impl Socket {
         let Some(conversation) = self.streams.get_mut(stream) else { return self.reset(stream).await };
         conversation.receiving.receive(data).unwrap();
         while let Some(record) = conversation.receiving.next() {
-            let mut plain = vec![0; record.len() - TAG_BYTES];
-            conversation.channel.receive(&record, &mut plain).unwrap();
+            let mut plain = vec![0; record.len().saturating_sub(TAG_BYTES)];
+            if conversation.channel.receive(&record, &mut plain).is_err() {
+                return self.reset(stream).await;
+            }
             conversation.reader.push(plain.into());
             while let Some(message) = conversation.reader.next().unwrap() {
                 messages.push(message);

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -24,8 +25,21 @@ struct Inner {
     cuts: AtomicUsize,
 }
 
+/// Pause before a target that is away is tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(20);
+
 impl Proxy {
     pub async fn to(target: SocketAddr) -> Self {
+        Self::start(target, false).await
+    }
+
+    /// One that holds a connection until its target is there, as does the kernel for a daemon whose listening socket
+    /// outlives it.
+    pub async fn holding(target: SocketAddr) -> Self {
+        Self::start(target, true).await
+    }
+
+    async fn start(target: SocketAddr, holds: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (inner, stop) = (Arc::new(Inner::default()), CancellationToken::new());
@@ -44,14 +58,23 @@ impl Proxy {
                     let cut = proxy.connections.lock().unwrap().clone();
                     let (proxy, stop) = (proxy.clone(), stop.clone());
                     tokio::spawn(async move {
-                        let Ok(gateway) = TcpStream::connect(target).await else { return };
-                        let ((from_executor, to_executor), (from_gateway, to_gateway)) =
-                            (executor.into_split(), gateway.into_split());
-                        tokio::select! {
-                            _ = async { tokio::join!(
+                        let forward = async {
+                            let gateway = loop {
+                                match TcpStream::connect(target).await {
+                                    Ok(gateway) => break gateway,
+                                    Err(_) if holds => tokio::time::sleep(RETRY_PAUSE).await,
+                                    Err(_) => return,
+                                }
+                            };
+                            let ((from_executor, to_executor), (from_gateway, to_gateway)) =
+                                (executor.into_split(), gateway.into_split());
+                            tokio::join!(
                                 proxy.copy(from_executor, to_gateway),
                                 proxy.copy(from_gateway, to_executor),
-                            ) } => {}
+                            );
+                        };
+                        tokio::select! {
+                            () = forward => {}
                             () = cut.cancelled() => {}
                             () = stop.cancelled() => {}
                         }

@@ -5,6 +5,7 @@ mod support;
 
 mod attach;
 mod cli;
+mod compat;
 mod endure;
 mod files;
 mod harness;

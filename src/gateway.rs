@@ -127,6 +127,7 @@ impl Gateway {
         let registry = Arc::new(Registry::default());
         remember_executors(&store, &registry, config.link.executor_seen_secs).await.map_err(of_store)?;
         let corridor = Arc::new(Corridor {
+            state_dir: state_dir.clone(),
             store: store.clone(),
             auth,
             registry,

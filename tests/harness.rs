@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Harness, Tongue, Workbench};
+use crate::support::{Harness, MIB, Tongue, Workbench, eventually};
 
 const TONGUES: [Tongue; 3] = [Tongue::Json, Tongue::Frames, Tongue::Encrypted];
 
@@ -39,5 +39,40 @@ async fn a_plain_harness_resumes_its_session_on_another_socket() {
         assert!(String::from_utf8(printed).unwrap().ends_with("two\n"));
         assert_eq!(code, 0);
         assert_eq!(&*first.farewell().await.unwrap().reason, "resumed on another socket");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_that_reads_later_gets_all_of_it_and_its_neighbours_wait_for_nothing() {
+    let bench = Workbench::start().await;
+    let executor = &bench.credentials.executor;
+    for tongue in TONGUES {
+        let (mut late, _) = Harness::initialized(&bench.caller, executor, tongue).await;
+        let printed = bench.file(&format!("printed-{tongue:?}"));
+        let command = format!("head -c {} /dev/zero | tr '\\0' x; touch {}", 24 * MIB, printed.display());
+        late.start("p1", &command).await;
+        let (mut neighbour, _) = Harness::initialized(&bench.caller, executor, tongue).await;
+        // The executor would not get rid of the output if the gateway did not take it.
+        eventually("all of it is printed", async || printed.exists().then_some(())).await;
+        assert_eq!(neighbour.run("p1", "echo quick").await.0, "quick\n");
+        let (bytes, code) = late.finished("p1").await;
+        assert!(bytes.len() == 24 * MIB && bytes.iter().all(|byte| *byte == b'x') && code == 0, "{tongue:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_that_never_reads_is_left_behind_alone() {
+    let bench = Workbench::with(|config| config.link.spill_bytes_max = 4 * MIB as u64).await;
+    let executor = &bench.credentials.executor;
+    for tongue in TONGUES {
+        let (mut stopped, _) = Harness::initialized(&bench.caller, executor, tongue).await;
+        let (mut neighbour, _) = Harness::initialized(&bench.caller, executor, tongue).await;
+        stopped.start("p1", "yes").await;
+        let metrics = &bench.gateway.gateway.api().metrics;
+        let before = metrics.spill_overruns.get();
+        eventually("it is left behind", async || (metrics.spill_overruns.get() > before).then_some(())).await;
+        assert_eq!(neighbour.run("p1", "echo quick").await.0, "quick\n");
+        let farewell = stopped.farewell().await;
+        assert_eq!(&*farewell.expect("a farewell").reason, "the harness reads too slowly", "{tongue:?}");
     }
 }

@@ -19,6 +19,7 @@ use crate::protocol::ids::{ExecutorId, RegistrationId};
 use crate::protocol::rest::{ConnectRequest, ConnectResponse, HarnessKey, KeyBytes, SECURITY_PROFILE};
 use crate::relay::harness::{Flavour, HarnessEnd, HarnessSocket, Names};
 use crate::relay::link::LinkHandle;
+use crate::relay::spill::Spill;
 use crate::store::{Binding, Registration, Transport};
 use crate::workspace::{ReachError, Workspace};
 
@@ -144,7 +145,8 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
     let api = api.clone();
     api.clone().sockets.spawn(async move {
         let Some(socket) = socket.await else { return };
-        let mut socket = HarnessSocket::new(socket);
+        let outbox = Spill::new(&api.corridor.state_dir, &api.corridor.link, api.metrics.clone());
+        let mut socket = HarnessSocket::new(socket, outbox);
         let Admitted { principal, workspace, binding, mut refused } = admitted;
         let end = tokio::select! {
             biased;

@@ -13,7 +13,7 @@ use dashmap::DashMap;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::conversation::{Conversation, ConversationEnd, MessageReceiver, MessageSender};
 use super::gate::{self, Said};
+use super::spill::{Spill, SpillError};
 use super::stream::{StreamEnd, StreamHandle};
 use crate::config;
 use crate::protocol::endpoint::{Endpoint, EndpointError, EndpointLimits};
@@ -32,9 +33,6 @@ use crate::protocol::rpc::{ALREADY_ATTACHED, ExecutorSessionId, INVALID_REQUEST}
 
 /// How long a peer may take to answer our close frame.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Messages that wait to be written to a harness.
-const OUTBOX_MAX: usize = 64;
 
 /// Messages written before the socket is flushed once.
 const WRITE_BATCH: usize = 32;
@@ -67,6 +65,8 @@ pub enum HarnessEnd {
     Refused,
     /// The harness resumed its session on another socket.
     Replaced,
+    /// The harness reads so slowly that what waits for it is too much.
+    Overrun,
 }
 
 impl HarnessEnd {
@@ -82,8 +82,14 @@ impl HarnessEnd {
             Self::Draining => (CloseCode::Restart, "gateway restarts"),
             Self::Refused => (CloseCode::Policy, "the right to this executor has ended"),
             Self::Replaced => (CloseCode::Normal, "resumed on another socket"),
+            Self::Overrun => (CloseCode::Policy, "the harness reads too slowly"),
         };
         Some(CloseFrame { code, reason: reason.into() })
+    }
+
+    /// Whether it was the executor's side that ended, while the harness still listens.
+    fn is_of_executor(self) -> bool {
+        matches!(self, Self::Disconnected | Self::Reset | Self::Unreachable(_))
     }
 
     /// For metrics.
@@ -99,6 +105,7 @@ impl HarnessEnd {
             Self::Draining => "draining",
             Self::Refused => "refused",
             Self::Replaced => "replaced",
+            Self::Overrun => "overrun",
         }
     }
 }
@@ -120,6 +127,18 @@ impl From<ConversationEnd> for HarnessEnd {
             // What the executor sent makes no sense: nothing of it is handed on.
             ConversationEnd::Sequence(_) | ConversationEnd::Noise(_) | ConversationEnd::Message(_) => Self::Reset,
         }
+    }
+}
+
+impl From<SpillError> for HarnessEnd {
+    fn from(_: SpillError) -> Self {
+        Self::Overrun
+    }
+}
+
+impl From<SocketError> for HarnessEnd {
+    fn from(_: SocketError) -> Self {
+        Self::Peer
     }
 }
 
@@ -197,10 +216,14 @@ impl Drop for Hold<'_> {
 
 /// A harness's socket that was upgraded.
 pub struct HarnessSocket<S> {
-    sink: SplitSink<WebSocketStream<S>, Message>,
+    sink: Sink<S>,
     source: Source<S>,
     heard: Heard,
+    /// What waits to be written to it.
+    outbox: Spill,
 }
+
+type Sink<S> = SplitSink<WebSocketStream<S>, Message>;
 
 /// When the harness was last heard.
 #[derive(Clone)]
@@ -289,11 +312,11 @@ impl Writing {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
-    /// A socket of which nothing was read yet.
-    pub fn new(socket: WebSocketStream<S>) -> Self {
+    /// A socket of which nothing was read yet. What a slow harness does not take waits in `outbox`.
+    pub fn new(socket: WebSocketStream<S>, outbox: Spill) -> Self {
         let (sink, stream) = socket.split();
         let heard = Heard(Arc::new(Mutex::new(Instant::now())));
-        Self { sink, source: Source { stream, heard: heard.clone() }, heard }
+        Self { sink, source: Source { stream, heard: heard.clone() }, heard, outbox }
     }
 
     /// Reads until it is known what kind of harness this is.
@@ -352,8 +375,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         settings: &config::Link,
     ) -> HarnessEnd {
         let (id, link) = (stream.id().clone(), stream.link().clone());
-        let (outbox, queued) = mpsc::channel(OUTBOX_MAX);
-        let Self { sink, source, heard } = self;
+        let Self { sink, source, heard, outbox } = self;
         let handshakes = link.handshakes().clone();
         let wait = Duration::from_secs(settings.handshake_timeout_secs);
         let turn = timeout(wait, handshakes.acquire_owned()).await;
@@ -390,17 +412,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
                 Err(_) => return Err(HarnessEnd::Unreachable("the executor did not complete the handshake")),
             };
             loop {
-                if outbox.send(delivery.wire).await.is_err() {
-                    return Err(HarnessEnd::Peer);
-                }
+                outbox.push(delivery.wire).await?;
                 delivery = stream.receive_frame().await?;
             }
         };
-        let writes = write(sink, queued, Writing::Frame, heard, settings);
-        let end = first_end(upwards, downwards, writes).await;
-        if end != HarnessEnd::Peer {
+        let mut writing = Writing::Frame;
+        let end = first_end(upwards, downwards, write(sink, outbox, &mut writing, heard, settings)).await;
+        if end.is_of_executor() {
             let reset = Frame { stream_id: id, body: Body::Reset { reason: "the stream has ended".into() } };
-            let _ = timeout(CLOSE_TIMEOUT, sink.send(Message::Binary(reset.encode()))).await;
+            flush(sink, outbox, &mut writing, Some(reset.encode())).await;
         }
         end
     }
@@ -415,23 +435,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         names: &Names<'_>,
         settings: &config::Link,
     ) -> HarnessEnd {
-        let Self { sink, source, heard } = self;
+        let Self { sink, source, heard, outbox } = self;
         let Conversation { mut sender, mut receiver } = conversation;
-        let writing = match &framing {
+        let mut writing = match &framing {
             Framing::Whole => Writing::Text,
             Framing::Frames { stream, .. } => Writing::Data(stream.clone(), Endpoint::new(EndpointLimits::default())),
         };
-        let (outbox, queued) = mpsc::channel(OUTBOX_MAX);
         // As many as an executor takes without locking up, whatever the harness asks.
         let slots = Semaphore::new(settings.requests_in_flight_max);
         let talk = async {
-            let opening = open(&mut sender, &mut receiver, source, &mut framing, first, names, &outbox, settings);
+            let opening = open(&mut sender, &mut receiver, source, &mut framing, first, names, outbox, settings);
             let hold = opening.await?;
             let upwards = async {
                 loop {
                     let json = source.message(&mut framing).await?;
                     match gate::said(&json) {
-                        Said::Malformed => tell(&outbox, gate::malformed()).await?,
+                        Said::Malformed => outbox.push(gate::malformed()).await?,
                         Said::Initialize { .. } | Said::Request => {
                             // Given back by the answer.
                             slots.acquire().await.map_err(|_| HarnessEnd::Peer)?.forget();
@@ -447,7 +466,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
                     if gate::is_answer(&json) && slots.available_permits() < settings.requests_in_flight_max {
                         slots.add_permits(1);
                     }
-                    tell(&outbox, json).await?;
+                    outbox.push(json).await?;
                 }
             };
             let replaced = async {
@@ -459,8 +478,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
             };
             Err::<(), HarnessEnd>(first_end(upwards, downwards, replaced).await)
         };
-        let writes = write(sink, queued, writing, heard, settings);
-        first_end(talk, std::future::pending(), writes).await
+        let writes = write(sink, outbox, &mut writing, heard, settings);
+        let end = first_end(talk, std::future::pending(), writes).await;
+        if end.is_of_executor() {
+            flush(sink, outbox, &mut writing, None).await;
+        }
+        end
     }
 
     /// Tells the harness why its socket ends, and gives it a moment to take the farewell.
@@ -486,26 +509,26 @@ async fn open<'a, S: AsyncRead + AsyncWrite + Unpin>(
     framing: &mut Framing,
     first: Bytes,
     names: &Names<'a>,
-    outbox: &mpsc::Sender<Bytes>,
+    outbox: &Spill,
     settings: &config::Link,
 ) -> Result<Option<Hold<'a>>, HarnessEnd> {
     let answer_wait = Duration::from_secs(settings.answer_timeout_secs);
     let mut said = first;
     loop {
         match gate::said(&said) {
-            Said::Malformed => tell(outbox, gate::malformed()).await?,
+            Said::Malformed => outbox.push(gate::malformed()).await?,
             Said::Other => sender.send(&said).await?,
             Said::Request => {
                 sender.send(&said).await?;
                 let answer = answer(receiver, outbox, answer_wait).await?;
-                tell(outbox, answer).await?;
+                outbox.push(answer).await?;
             }
             Said::Initialize { id, resume } => {
                 let session = match resume.map(|name| ((names.open)(&name), name)) {
                     None => None,
                     Some((Some(session), _)) => Some(session),
                     Some((None, name)) => {
-                        tell(outbox, gate::error(&id, INVALID_REQUEST, &format!("unknown session id {name}"))).await?;
+                        outbox.push(gate::error(&id, INVALID_REQUEST, &format!("unknown session id {name}"))).await?;
                         said = source.message(framing).await?;
                         continue;
                     }
@@ -524,11 +547,11 @@ async fn open<'a, S: AsyncRead + AsyncWrite + Unpin>(
                     sleep(ATTACH_PAUSE).await;
                 };
                 let Some((reply, session)) = gate::initialized(&reply, names.seal) else {
-                    tell(outbox, reply).await?;
+                    outbox.push(reply).await?;
                     said = source.message(framing).await?;
                     continue;
                 };
-                tell(outbox, reply).await?;
+                outbox.push(reply).await?;
                 return Ok(held.or_else(|| Some(names.attached.hold(&session?))));
             }
         }
@@ -537,11 +560,7 @@ async fn open<'a, S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// The executor's next answer; what else it says goes to the harness.
-async fn answer(
-    receiver: &mut MessageReceiver,
-    outbox: &mpsc::Sender<Bytes>,
-    wait: Duration,
-) -> Result<Bytes, HarnessEnd> {
+async fn answer(receiver: &mut MessageReceiver, outbox: &Spill, wait: Duration) -> Result<Bytes, HarnessEnd> {
     let until = Instant::now() + wait;
     loop {
         let next = timeout_at(until, receiver.next()).await;
@@ -549,12 +568,8 @@ async fn answer(
         if gate::is_answer(&json) {
             return Ok(json);
         }
-        tell(outbox, json).await?;
+        outbox.push(json).await?;
     }
-}
-
-async fn tell(outbox: &mpsc::Sender<Bytes>, json: Bytes) -> Result<(), HarnessEnd> {
-    outbox.send(json).await.map_err(|_| HarnessEnd::Peer)
 }
 
 /// Runs three loops until one of them ends.
@@ -574,9 +589,9 @@ async fn first_end(
 
 /// Writes to the harness what is queued, and pings it.
 async fn write<S: AsyncRead + AsyncWrite + Unpin>(
-    sink: &mut SplitSink<WebSocketStream<S>, Message>,
-    mut queued: mpsc::Receiver<Bytes>,
-    mut writing: Writing,
+    sink: &mut Sink<S>,
+    outbox: &Spill,
+    writing: &mut Writing,
     heard: &Heard,
     settings: &config::Link,
 ) -> Result<(), HarnessEnd> {
@@ -591,27 +606,45 @@ async fn write<S: AsyncRead + AsyncWrite + Unpin>(
                 if heard.silence() >= dead {
                     return Err(HarnessEnd::Silent);
                 }
-                timeout(dead, sink.send(Message::Ping(Bytes::new()))).await
+                timeout(dead, async { Ok(sink.send(Message::Ping(Bytes::new())).await?) }).await
             }
-            next = queued.recv() => {
-                let Some(next) = next else { return Err(HarnessEnd::Peer) };
-                let first = writing.message(next)?;
-                timeout(dead, async {
-                    sink.feed(first).await?;
-                    for _ in 1..WRITE_BATCH {
-                        let Ok(next) = queued.try_recv() else { break };
-                        let Ok(message) = writing.message(next) else { break };
-                        sink.feed(message).await?;
-                    }
-                    sink.flush().await
-                })
-                .await
-            }
+            next = outbox.pop() => timeout(dead, write_batch(sink, next?, outbox, writing)).await,
         };
-        match written {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => return Err(HarnessEnd::Peer),
-            Err(_) => return Err(HarnessEnd::Silent),
-        }
+        written.unwrap_or(Err(HarnessEnd::Silent))?;
     }
+}
+
+/// Writes one message and those that wait behind it in memory, then flushes once.
+async fn write_batch<S: AsyncRead + AsyncWrite + Unpin>(
+    sink: &mut Sink<S>,
+    first: Bytes,
+    outbox: &Spill,
+    writing: &mut Writing,
+) -> Result<(), HarnessEnd> {
+    sink.feed(writing.message(first)?).await?;
+    for _ in 1..WRITE_BATCH {
+        let Some(next) = outbox.try_pop()? else { break };
+        sink.feed(writing.message(next)?).await?;
+    }
+    Ok(sink.flush().await?)
+}
+
+/// Writes what is left after the executor's side has ended, for a moment.
+async fn flush<S: AsyncRead + AsyncWrite + Unpin>(
+    sink: &mut Sink<S>,
+    outbox: &Spill,
+    writing: &mut Writing,
+    last: Option<Bytes>,
+) {
+    let flushing = async {
+        while !outbox.is_empty() {
+            let next = outbox.pop().await?;
+            write_batch(sink, next, outbox, writing).await?;
+        }
+        if let Some(last) = last {
+            sink.send(Message::Binary(last)).await?;
+        }
+        Ok::<_, HarnessEnd>(())
+    };
+    let _ = timeout(CLOSE_TIMEOUT, flushing).await;
 }

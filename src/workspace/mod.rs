@@ -7,6 +7,7 @@ pub mod cache;
 pub mod pool;
 pub mod resolver;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ const LISTING_BYTES_MAX: usize = 256 * 1024;
 
 /// What all workspaces share.
 pub struct Corridor {
+    /// Where the gateway keeps its files.
+    pub state_dir: PathBuf,
     /// Durable state.
     pub store: Store,
     /// Who may do what.

@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use serde_json::json;
 
 use crate::support::{
-    Caller, Credentials, FakeExecutor, FakeLink, Harness, Reply, TestGateway, Tongue, Workbench, eventually,
+    Caller, Credentials, FakeExecutor, FakeLink, Harness, PATIENCE, Reply, TestGateway, Tongue, Workbench, eventually,
 };
 
 async fn with_executor(gateway: &TestGateway, workspace: &str) -> (Caller, Credentials, FakeExecutor, FakeLink) {
@@ -81,7 +81,8 @@ async fn a_harness_ends_with_the_right_of_its_workspace_and_its_neighbour_does_n
             let (mut harness, _) = Harness::initialized(&guest, executor, tongue).await;
             harness.start("p1", "sleep 1000").await;
             bench.gateway.admin(end).await;
-            let farewell = harness.farewell().await.expect("a farewell");
+            let farewell = tokio::time::timeout(PATIENCE, harness.farewell()).await.expect("its socket ends");
+            let farewell = farewell.expect("a farewell");
             assert_eq!(&*farewell.reason, "the right to this executor has ended", "{tongue:?}");
         }
         assert_eq!(neighbour.run("p1", "echo on").await.0, "on\n", "{tongue:?}");

@@ -166,6 +166,7 @@ impl Gateway {
         let observed = api.clone();
         let admin =
             Arc::new(Admin::new(store.clone(), admin_settings).observed_by(move |change| apply(&observed, change)));
+        let _ = api.operators.set(Arc::downgrade(&admin));
         let admin_socket = bind_admin(&state_dir, &lock).map_err(|source| StartError::Listen {
             address: crate::admin::socket_in(&state_dir).display().to_string(),
             source,

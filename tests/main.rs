@@ -7,6 +7,7 @@ mod attach;
 mod bridge_faults;
 mod cli;
 mod codex_harness;
+mod compat;
 mod endure;
 mod files;
 mod harness;

@@ -7,6 +7,7 @@ mod attach;
 mod cli;
 mod endure;
 mod files;
+mod flavours;
 mod limits;
 mod links;
 mod registration;

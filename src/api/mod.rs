@@ -122,6 +122,7 @@ impl Api {
             Route::ProcessTerminate => processes::terminate(&self, &parameter, request).await,
             Route::RegisterCodex => executor::register(&self, executor::Door::Codex, &parameter, request).await,
             Route::RegisterAgentx => executor::register(&self, executor::Door::Agentx, &parameter, request).await,
+            Route::RegisterDirect => executor::register(&self, executor::Door::Direct, &parameter, request).await,
             Route::Validate => executor::validate(&self, &parameter, request).await,
             Route::Bridge => executor::open_link(&self, &parameter, request).await,
             Route::Health => {

@@ -10,6 +10,7 @@ mod doubles;
 pub mod executor;
 pub mod harness;
 pub mod proxy_token;
+pub mod sigv4;
 pub mod ticket;
 mod upstream;
 
@@ -178,7 +179,12 @@ impl Auth {
             cap_tokens: CapTokens::new(store.clone(), cap_keys, config, clock.clone()).await?,
             tickets: Tickets::new(store.keyring(KeyPurpose::Ticket).await?, config, clock.clone()),
             harness: HarnessAuth::new(store.keyring(KeyPurpose::Harness).await?, config, clock.clone()),
-            executors: ExecutorAuth::new(store.clone(), store.keyring(KeyPurpose::Executor).await?, upstream.clone()),
+            executors: ExecutorAuth::new(
+                store.clone(),
+                store.keyring(KeyPurpose::Executor).await?,
+                upstream.clone(),
+                clock.clone(),
+            ),
             proxy_tokens: ProxyTokenAuth::new(store, upstream, config, clock, counters.clone()),
             counters,
         })))

@@ -19,7 +19,7 @@ use crate::protocol::rpc::{
 };
 
 /// How the gateway introduces itself.
-const CLIENT_NAME: &str = "exec-gateway";
+pub(super) const CLIENT_NAME: &str = "exec-gateway";
 
 /// Messages waiting to be encrypted; each caller has at most one here, and callers are bounded by
 /// `link.requests_in_flight_max`.
@@ -30,6 +30,9 @@ const EVENTS_MAX: usize = 128;
 
 /// Handles open at once; executors hold 128 per connection, and some may wait to be closed.
 const FILE_HANDLES_MAX: usize = 64;
+
+/// The same where a connection is shared and each caller has 32.
+const SHARED_FILE_HANDLES_MAX: usize = 16;
 
 /// Why an executor could not be reached over a new stream; nothing has run on it then.
 #[derive(Debug, thiserror::Error)]
@@ -152,13 +155,15 @@ impl Client {
     /// # Errors
     /// [`CallError`] when the executor did not accept.
     pub async fn initialize(conversation: Conversation, resume: Option<ExecutorSessionId>) -> Result<Self, CallError> {
-        let settings = conversation.sender.link().settings();
+        let (settings, registration) =
+            (conversation.sender.link().settings(), conversation.sender.link().registration());
+        let handles = if registration.transport.is_shared() { SHARED_FILE_HANDLES_MAX } else { FILE_HANDLES_MAX };
         let (outgoing, messages) = mpsc::channel(OUTGOING_MAX);
         let shared = Arc::new(Shared {
             calls: Mutex::default(),
             processes: Mutex::default(),
             in_flight: Arc::new(Semaphore::new(settings.requests_in_flight_max)),
-            file_handles: Arc::new(Semaphore::new(FILE_HANDLES_MAX)),
+            file_handles: Arc::new(Semaphore::new(handles)),
             answer_timeout: Duration::from_secs(settings.answer_timeout_secs),
             stop: CancellationToken::new(),
             ended: CancellationToken::new(),

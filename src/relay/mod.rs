@@ -5,7 +5,9 @@
 
 pub mod client;
 pub mod conversation;
+pub mod greeting;
 pub mod link;
 pub mod noise;
 pub mod process_tree;
+pub mod shared;
 pub mod stream;

@@ -106,6 +106,12 @@ const MIGRATIONS: &[&str] = &[
     ) STRICT;
     CREATE INDEX sessions_workspace ON sessions (workspace, seq);
 ",
+    "
+    CREATE TABLE shared_sessions (
+        executor TEXT PRIMARY KEY REFERENCES executors (id) ON DELETE CASCADE,
+        session TEXT NOT NULL
+    ) STRICT;
+",
 ];
 
 /// Opens the store of a state directory at the present version, and makes directory and file if there are none.

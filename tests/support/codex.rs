@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use exec_gateway::config::Config;
 use serde_json::Value;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::gateway::{Credentials, TestGateway};
@@ -25,6 +25,25 @@ pub fn program() -> PathBuf {
     program
 }
 
+/// The executor's program in a home of its own.
+fn command() -> (Scratch, Command) {
+    let home = Scratch::new();
+    let mut command = Command::new(program());
+    // Its own process group: the launcher has a native child, and both must end with the test.
+    command
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .env("HOME", home.path())
+        .env("CODEX_HOME", home.path())
+        .env("NO_PROXY", "127.0.0.1,localhost")
+        .current_dir(home.path())
+        .stdout(Stdio::null())
+        .stderr(if std::env::var_os("EXECUTOR_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
+        .process_group(0)
+        .kill_on_drop(true);
+    (home, command)
+}
+
 impl CodexExecutor {
     /// Starts an executor that registers at the gateway of this base URL.
     pub async fn start(url: &str, credentials: &Credentials) -> Self {
@@ -33,28 +52,41 @@ impl CodexExecutor {
 
     /// Starts an executor whose command line, variables or directory are changed before; the path is its home.
     pub async fn start_with(url: &str, credentials: &Credentials, change: impl FnOnce(&mut Command, &Path)) -> Self {
-        let home = Scratch::new();
-        let mut command = Command::new(program());
-        // Its own process group: the launcher has a native child, and both must end with the test.
+        let (home, mut command) = command();
         command
             .args(["exec-server", "--remote", url, "--environment-id", &credentials.executor])
             .arg("--registration-bearer-stdin")
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("HOME", home.path())
-            .env("CODEX_HOME", home.path())
-            .env("NO_PROXY", "127.0.0.1,localhost")
-            .current_dir(home.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(if std::env::var_os("EXECUTOR_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
-            .process_group(0)
-            .kill_on_drop(true);
+            .stdin(Stdio::piped());
         change(&mut command, home.path());
         let mut child = command.spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
         stdin.write_all(format!("{}\n", credentials.token).as_bytes()).await.unwrap();
         Self { child, home }
+    }
+
+    /// Starts an executor on the direct transport: plain JSON-RPC, signed requests.
+    pub fn start_direct(url: &str, credentials: &Credentials, change: impl FnOnce(&mut Command)) -> Self {
+        let (home, mut command) = command();
+        command
+            .args(["exec-server", "--remote", url, "--environment-id", &credentials.executor])
+            .args(["--remote-transport", "direct", "--aws-sigv4"])
+            .env("AWS_ACCESS_KEY_ID", &credentials.executor)
+            .env("AWS_SECRET_ACCESS_KEY", &credentials.token)
+            .env("AWS_REGION", "eu-north-1")
+            .env("AWS_EC2_METADATA_DISABLED", "true")
+            .stdin(Stdio::null());
+        change(&mut command);
+        Self { child: command.spawn().unwrap(), home }
+    }
+
+    /// Starts an executor that listens, and gives the URL of its plain JSON-RPC.
+    pub async fn listening() -> (Self, String) {
+        let (home, mut command) = command();
+        command.args(["exec-server", "--listen", "ws://127.0.0.1:0"]).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let url = lines.next_line().await.unwrap().expect("the executor tells its URL");
+        (Self { child, home }, url)
     }
 
     /// Starts an executor and waits until the caller sees it.

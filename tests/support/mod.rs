@@ -3,6 +3,7 @@
 // Tests and benches each use a part of this.
 #![allow(dead_code)]
 
+pub mod adapter;
 pub mod caller;
 pub mod codex;
 pub mod fake_executor;
@@ -14,6 +15,7 @@ pub mod wire;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use adapter::Adapter;
 pub use caller::{Answer, Caller};
 pub use codex::{CodexExecutor, Marker, Workbench};
 pub use fake_executor::{FakeExecutor, FakeLink, Reply};

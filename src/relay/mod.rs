@@ -10,4 +10,6 @@ pub mod link;
 pub mod noise;
 pub mod process_tree;
 pub mod shared;
+#[cfg(test)]
+mod shared_tests;
 pub mod stream;

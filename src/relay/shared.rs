@@ -119,6 +119,7 @@ pub struct Shared {
     in_flight: BTreeMap<i64, InFlight>,
     next_id: i64,
     answered: Option<Instant>,
+    disconnected: Option<Instant>,
     turns: Turns,
     waiting_bytes: usize,
     /// Requests of our own: what has lost its owner is ended.
@@ -168,8 +169,8 @@ struct Session {
     stream: Option<StreamId>,
     /// When it ends unless it is taken up again.
     expires: Instant,
-    /// Processes that have not ended, by the caller's names.
-    processes: HashSet<String>,
+    /// Processes that have not ended, by the caller's names, and whether they may have begun.
+    processes: HashMap<String, bool>,
     /// Those that do not read their stdin: written to once more, they would stop everybody again.
     stalled: HashSet<String>,
 }
@@ -184,12 +185,31 @@ struct Request {
 
 /// What is to be known about a request when its answer comes.
 enum Kind {
-    Start { session: Tag, name: String, new: bool },
-    Write { session: Tag, name: String },
-    Open { name: String, handle: Handle },
-    Close { name: String },
-    Watch { id: u64 },
+    Start {
+        session: Tag,
+        name: String,
+    },
+    Write {
+        session: Tag,
+        name: String,
+    },
+    Open {
+        name: String,
+        handle: Handle,
+    },
+    Close {
+        name: String,
+    },
+    Watch {
+        id: u64,
+    },
     Other,
+    /// Our own: the end of a process that nobody owns any more.
+    End {
+        session: Tag,
+        name: String,
+    },
+    /// Our own, of no interest once its socket is gone.
     Chore,
 }
 
@@ -279,6 +299,7 @@ impl Shared {
             in_flight: BTreeMap::new(),
             next_id: 1,
             answered: None,
+            disconnected: None,
             turns: Turns::default(),
             waiting_bytes: 0,
             chores: VecDeque::new(),
@@ -302,19 +323,31 @@ impl Shared {
         for stream in streams {
             self.end_stream(&stream, now);
         }
-        self.in_flight.clear();
+        self.chores.retain(|chore| matches!(chore.kind, Kind::End { .. }));
+        for request in std::mem::take(&mut self.in_flight).into_values() {
+            match request.kind {
+                Kind::End { session, name } => self.terminate(session, &name),
+                // It may have begun, for all we know.
+                Kind::Start { session, name } => {
+                    if let Some(session) = self.sessions.get_mut(&session) {
+                        session.processes.insert(name, true);
+                    }
+                }
+                _ => {}
+            }
+        }
         self.turns = Turns::default();
         self.waiting_bytes = 0;
-        self.chores.clear();
+        self.disconnected = Some(now);
         self.replies.clear();
         self.deliveries.clear();
         self.asked.clear();
         self.watches.clear();
     }
 
-    /// When the last session ends that waits for the next socket; `None` when there is nothing to wait for.
+    /// Until when the executor can take it up on another socket, once it is disconnected.
     pub fn kept_until(&self) -> Option<Instant> {
-        self.session.as_ref().and_then(|_| self.sessions.values().map(|session| session.expires).max())
+        self.session.as_ref().and(self.disconnected).map(|at| at + RETENTION)
     }
 
     /// Whether the stream has been heard of.
@@ -417,7 +450,7 @@ impl Shared {
             self.sessions.iter().filter(|(_, session)| over(session)).map(|(tag, _)| *tag).collect();
         for tag in expired {
             let Some(session) = self.sessions.remove(&tag) else { continue };
-            for name in session.processes {
+            for name in session.processes.into_keys() {
                 self.terminate(tag, &name);
             }
         }
@@ -553,8 +586,8 @@ impl Shared {
                     if known.processes.len() >= PROCESSES_MAX {
                         return Err(Refusal(INVALID_REQUEST, "too many processes".into()));
                     }
-                    let new = known.processes.insert(name.clone());
-                    kind = Kind::Start { session, name, new };
+                    known.processes.entry(name.clone()).or_insert(false);
+                    kind = Kind::Start { session, name };
                 }
                 ("process/write", Some(known)) if known.stalled.contains(&name) => {
                     // To be tried again; but never again by us.
@@ -759,14 +792,16 @@ impl Shared {
         let stream = self.owner(&request);
         let caller = stream.as_ref().and_then(|stream| self.streams.get_mut(stream));
         match (&request.kind, &request.owner) {
-            (Kind::Start { session, name, new }, _) => {
-                if *new
-                    && answer.is_err()
-                    && let Some(session) = self.sessions.get_mut(session)
-                {
-                    session.processes.remove(name);
+            (Kind::Start { session, name }, _) => match self.sessions.get_mut(session) {
+                // It may be over already; then it is not listed any more.
+                Some(known) if answer.is_ok() => {
+                    known.processes.get_mut(name).into_iter().for_each(|begun| *begun = true)
                 }
-            }
+                // Refused, though an earlier request of that name may have begun one.
+                Some(known) if known.processes.get(name) == Some(&false) => drop(known.processes.remove(name)),
+                None if answer.is_ok() => self.terminate(*session, name),
+                _ => {}
+            },
             (Kind::Open { handle, .. }, _) if answer.is_ok() && caller.is_none() => self.close(*handle),
             (Kind::Open { name, .. }, _) if answer.is_err() => drop(caller.map(|caller| caller.handles.remove(name))),
             (Kind::Close { name }, _) => drop(caller.map(|caller| caller.handles.remove(name))),
@@ -852,7 +887,7 @@ impl Shared {
         match self.adopts_until.filter(|until| now < *until && self.sessions.len() < self.limits.sessions_max) {
             Some(until) => {
                 let mut session = Session::new(until);
-                session.processes.insert(name.to_owned());
+                session.learn(name);
                 self.sessions.insert(tag, session);
             }
             None if self.chores.len() < PROCESSES_MAX => self.terminate(tag, name),
@@ -888,18 +923,19 @@ impl Shared {
         }
     }
 
-    fn terminate(&mut self, tag: Tag, name: &str) {
-        self.chore(&ProcessTerminate { process_id: format!("{}{name}", tag.text()) });
+    fn terminate(&mut self, session: Tag, name: &str) {
+        let end = ProcessTerminate { process_id: format!("{}{name}", session.text()) };
+        self.chore(&end, Kind::End { session, name: name.to_owned() });
     }
 
     fn close(&mut self, handle: Handle) {
-        self.chore(&FsClose { handle_id: handle.text() });
+        self.chore(&FsClose { handle_id: handle.text() }, Kind::Chore);
     }
 
-    fn chore<M: Method>(&mut self, params: &M) {
+    fn chore<M: Method>(&mut self, params: &M, kind: Kind) {
         let params = serde_json::value::to_raw_value(params).expect("parameters become JSON");
         let json = request_head(M::NAME, Some(&params), &Vec::new());
-        self.chores.push_back(Request { id: RequestId::Number(-1), kind: Kind::Chore, json });
+        self.chores.push_back(Request { id: RequestId::Number(-1), kind, json });
     }
 
     fn refuse(&mut self, stream: &StreamId, id: &RequestId, Refusal(code, message): Refusal, now: Instant) {
@@ -940,8 +976,13 @@ impl Shared {
         for request in caller.queue {
             self.waiting_bytes -= request.json.len();
             match request.kind {
-                Kind::Start { session, name, new: true } => {
-                    if let Some(session) = self.sessions.get_mut(&session) {
+                Kind::Start { session, name } => {
+                    let sent = |request: &InFlight| matches!(&request.kind, Kind::Start { session: of, name: other } if *of == session && *other == name);
+                    let under_way = self.in_flight.values().any(sent);
+                    if let Some(session) = self.sessions.get_mut(&session)
+                        && !under_way
+                        && session.processes.get(&name) == Some(&false)
+                    {
                         session.processes.remove(&name);
                     }
                 }
@@ -971,13 +1012,13 @@ impl Shared {
 
 impl Session {
     fn new(expires: Instant) -> Self {
-        Self { stream: None, expires, processes: HashSet::new(), stalled: HashSet::new() }
+        Self { stream: None, expires, processes: HashMap::new(), stalled: HashSet::new() }
     }
 
     /// Remembers a process whose start was seen by an earlier gateway process.
     fn learn(&mut self, process: &str) {
-        if self.processes.len() < PROCESSES_MAX && !self.processes.contains(process) {
-            self.processes.insert(process.to_owned());
+        if self.processes.len() < PROCESSES_MAX && !self.processes.contains_key(process) {
+            self.processes.insert(process.to_owned(), true);
         }
     }
 }

@@ -23,7 +23,7 @@ pub struct Registry {
     /// registered ones connect, and entries leave with [`Registry::forget`].
     seen: DashMap<ExecutorId, Instant>,
     /// What is left of a shared socket, for the executor's next one; bounded as `seen`.
-    left: DashMap<ExecutorId, Shared>,
+    left: DashMap<ExecutorId, Box<Shared>>,
     changes: watch::Sender<u64>,
 }
 
@@ -137,7 +137,7 @@ impl Registry {
     }
 
     /// Keeps what is left of a shared socket for the executor's next one.
-    pub fn leave(&self, executor: &ExecutorId, shared: Shared) {
+    pub fn leave(&self, executor: &ExecutorId, shared: Box<Shared>) {
         let now = Instant::now();
         self.left.retain(|_, shared| shared.kept_until().is_some_and(|until| until > now));
         if shared.kept_until().is_some() {
@@ -146,7 +146,7 @@ impl Registry {
     }
 
     /// Takes what is left of the executor's former shared socket.
-    pub fn take_left(&self, executor: &ExecutorId) -> Option<Shared> {
+    pub fn take_left(&self, executor: &ExecutorId) -> Option<Box<Shared>> {
         self.left.remove(executor).map(|(_, shared)| shared)
     }
 

@@ -444,12 +444,11 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     let api = api.clone();
     api.clone().links.spawn(async move {
         let Some(mut socket) = socket.await else { return };
-        let shared = match transport.is_shared() {
-            true => match greet(&api, &executor, &mut socket).await {
-                Some(shared) => Some(Box::new(shared)),
-                None => return,
-            },
-            false => None,
+        let shared = if transport.is_shared() {
+            let Some(shared) = Box::pin(greet(&api, &executor, &mut socket)).await else { return };
+            Some(shared)
+        } else {
+            None
         };
         let place = api.corridor.registry.attach(handle.clone());
         tracing::info!(%executor, "executor connected");
@@ -460,7 +459,7 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
             Some(shared) => {
                 let (end, shared) = Box::pin(link::run_shared(socket, handle, outbox, shared)).await;
                 // Before the place is given up: the executor's next socket waits for that, and takes it.
-                api.corridor.registry.leave(&executor, *shared);
+                api.corridor.registry.leave(&executor, shared);
                 end
             }
         };
@@ -484,7 +483,7 @@ async fn may_dial(api: &Api, executor: &ExecutorId, shown: SignedRequest<'_>) ->
 }
 
 /// Initializes the session that all streams of a socket will share, following the executor's former socket.
-async fn greet<S>(api: &Api, executor: &ExecutorId, socket: &mut WebSocketStream<S>) -> Option<Shared>
+async fn greet<S>(api: &Api, executor: &ExecutorId, socket: &mut WebSocketStream<S>) -> Option<Box<Shared>>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {

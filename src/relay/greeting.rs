@@ -53,7 +53,7 @@ pub enum Former {
     /// Nothing.
     None,
     /// A socket of this gateway process.
-    Socket(Shared),
+    Socket(Box<Shared>),
     /// A socket of an earlier gateway process.
     Stored(ExecutorSessionId),
 }
@@ -78,7 +78,7 @@ pub async fn greet<S>(
     socket: &mut WebSocketStream<S>,
     settings: &config::Link,
     former: Former,
-) -> Result<Shared, (GreetError, Former)>
+) -> Result<Box<Shared>, (GreetError, Former)>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -94,7 +94,7 @@ where
         message_bytes_max: settings.message_bytes_max,
         frame_bytes_max: settings.frame_bytes_max,
     };
-    let new = |adopts| Shared::new(limits, greeting.session, greeting.environment, adopts);
+    let new = |adopts| Box::new(Shared::new(limits, greeting.session, greeting.environment, adopts));
     Ok(match former {
         Former::Socket(shared) if greeting.resumed => shared,
         Former::Stored(_) if greeting.resumed => new(Some(Instant::now() + RETENTION)),

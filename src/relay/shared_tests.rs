@@ -392,7 +392,7 @@ fn what_the_executor_asks_is_answered_by_the_owner_of_the_process() {
     assert_eq!(rig.hear("b"), Vec::<Value>::new());
     let allow = json!({ "id": 5, "result": { "decision": { "type": "allow" } } });
     rig.say("a", &allow);
-    assert_eq!(rig.socket(), [allow.clone()]);
+    assert_eq!(rig.socket(), std::slice::from_ref(&allow));
     rig.executor(&ask(6));
     rig.say("b", &json!({ "id": 6, "result": {} }));
     assert!(rig.socket().is_empty(), "somebody else's answer is none");
@@ -657,11 +657,12 @@ proptest! {
         let mut waiting: HashMap<String, String> = HashMap::new();
         let mut requests = 0;
         for step in steps {
-            let stream_of = |number: u8| (format!("s{number}"), if number % 2 == 0 { "even" } else { "odd" });
+            let stream_of = |number: u8| (format!("s{number}"), if number.is_multiple_of(2) { "even" } else { "odd" });
             match step {
                 Step::Open(number) => {
                     let (stream, workspace) = stream_of(number);
-                    if !streams.contains_key(&stream) {
+                    let free = !streams.contains_key(&stream);
+                    if free {
                         let answer = rig.initialize(&stream, workspace, None);
                         if let Some(session) = answer["result"]["sessionId"].as_str() {
                             sessions.push((session.to_owned(), workspace));

@@ -82,7 +82,14 @@ async fn dial(address: SocketAddr, url: &str) -> Option<Socket> {
 
 async fn dial_listener(url: &str) -> Socket {
     let address = url.strip_prefix("ws://").unwrap().trim_end_matches('/').parse().unwrap();
-    dial(address, url).await.expect("the executor listens")
+    // It tells its URL a moment before it listens.
+    for _ in 0..100 {
+        if let Some(socket) = dial(address, url).await {
+            return socket;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("the executor does not listen")
 }
 
 async fn bridge(mut gateway: Socket, listener: &str) {

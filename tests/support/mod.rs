@@ -9,6 +9,7 @@ pub mod codex;
 pub mod fake_executor;
 pub mod gateway;
 pub mod proxy;
+pub mod sigv4;
 pub mod upstream;
 pub mod wire;
 
@@ -21,6 +22,7 @@ pub use codex::{CodexExecutor, Marker, Workbench};
 pub use fake_executor::{FakeExecutor, FakeLink, Reply};
 pub use gateway::{Credentials, DaemonProcess, TestGateway};
 pub use proxy::Proxy;
+pub use sigv4::Signer;
 pub use upstream::{Upstream, Verdict};
 pub use wire::Wire;
 

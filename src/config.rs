@@ -101,6 +101,10 @@ config! {
         idle_timeout_secs: u64 = 120 => 1..=86_400,
         /// Time for a client to send a request's body, in seconds.
         body_timeout_secs: u64 = 120 => 1..=86_400,
+        /// Time after which a peer that takes no bytes, or answers no probe, is taken for gone, in seconds.
+        tcp_user_timeout_secs: u64 = 30 => 1..=3600,
+        /// How long a client may take not one byte of its answer before its connection is closed, in seconds.
+        write_timeout_secs: u64 = 30 => 1..=86_400,
         /// Size of a request's headers together, in bytes; at least 8192.
         header_bytes_max: usize = 64 * 1024 => 8192..=1024 * 1024,
         /// Size of a tool call's body, in bytes.
@@ -161,6 +165,10 @@ config! {
         executor_wait_secs: u64 = 20 => 1..=600,
         /// How lately that is, in seconds.
         executor_seen_secs: u64 = 60 => 1..=86_400,
+        /// How long a harness that opens its socket waits for an executor that was seen lately, in seconds.
+        harness_wait_secs: u64 = 5 => 1..=600,
+        /// Time for a harness to say with its first frames what kind it is, in seconds.
+        first_frame_secs: u64 = 10 => 1..=600,
         /// Streams on one executor's socket; executors serve 128.
         streams_max: usize = 120 => 1..=128,
         /// Streams of one workspace on one executor's socket.
@@ -173,6 +181,10 @@ config! {
         outbox_frames_max: usize = 64 => 1..=65_536,
         /// Bytes waiting for the reader of one stream; past it the stream is reset.
         stream_bytes_max: usize = 16 * 1024 * 1024 => 1..=1024 * 1024 * 1024,
+        /// Bytes for one slow harness stream kept in memory; what follows goes to disk.
+        spill_memory_bytes_max: usize = 1024 * 1024 => 64 * 1024..=256 * 1024 * 1024,
+        /// Bytes for one slow harness stream kept on disk; past it the stream is reset.
+        spill_bytes_max: u64 = 64 * 1024 * 1024 => 0..=1024 * 1024 * 1024 * 1024,
         /// Size of one frame to or from an encrypted executor, in bytes; executors take 262144.
         frame_bytes_max: usize = 256 * 1024 => 4096..=262_144,
         /// Size of one JSON-RPC message, in bytes; executors take 67108864.

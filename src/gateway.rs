@@ -127,6 +127,7 @@ impl Gateway {
         let registry = Arc::new(Registry::default());
         remember_executors(&store, &registry, config.link.executor_seen_secs).await.map_err(of_store)?;
         let corridor = Arc::new(Corridor {
+            state_dir: state_dir.clone(),
             store: store.clone(),
             auth,
             registry,
@@ -169,12 +170,11 @@ impl Gateway {
         let health =
             Arc::new(Health { store, registry: metrics.registry(readings(&api)), serving: AtomicBool::new(true) });
 
-        let dead_after = Duration::from_secs(config.link.dead_secs);
         let service = {
             let api = api.clone();
             move |request: Request<Incoming>| api.clone().answer(request)
         };
-        let listener = Listener::new(config.edge.clone(), dead_after, service);
+        let listener = Listener::new(config.edge.clone(), service);
         let (accepting, acceptors) = (CancellationToken::new(), TaskTracker::new());
         for socket in sockets {
             acceptors.spawn(listener.clone().accept(socket, accepting.clone()));
@@ -182,7 +182,7 @@ impl Gateway {
         let ops_listener = {
             let health = health.clone();
             let service = move |request: Request<Incoming>| health.clone().answer(request);
-            Listener::new(config.edge.clone(), dead_after, service)
+            Listener::new(config.edge.clone(), service)
         };
         let (ops_accepting, ops_acceptors) = (CancellationToken::new(), TaskTracker::new());
         ops_acceptors.spawn(ops_listener.accept(ops_socket, ops_accepting.clone()));
@@ -328,6 +328,8 @@ fn apply(api: &Api, change: &Change) {
                 workspace.resolver.invalidate();
                 workspace.pool.close_executor(executor);
             }
+            // After the clients above: whatever else runs under the right.
+            api.corridor.registry.end_workspace(workspace, Some(executor));
         }
         Change::Bound { workspace } => {
             if let Some(workspace) = api.workspaces.peek(workspace) {
@@ -341,6 +343,7 @@ fn apply(api: &Api, change: &Change) {
                 if let Some(workspace) = api.workspaces.peek(id) {
                     workspace.pool.close_all();
                 }
+                api.corridor.registry.end_workspace(id, None);
             }
         }
     }

@@ -10,7 +10,7 @@ use dashmap::mapref::entry::Entry;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::protocol::ids::{ExecutorId, RegistrationId};
+use crate::protocol::ids::{ExecutorId, RegistrationId, WorkspaceId};
 use crate::relay::link::{CloseReason, LinkHandle};
 use crate::relay::shared::Shared;
 use crate::store::Binding;
@@ -164,6 +164,14 @@ impl Registry {
         }
         self.seen.remove(executor);
         self.left.remove(executor);
+    }
+
+    /// Ends the streams of a workspace that may reach this executor, or any if none is named, no more.
+    pub fn end_workspace(&self, workspace: &WorkspaceId, executor: Option<&ExecutorId>) {
+        match executor {
+            Some(executor) => self.current(executor).iter().for_each(|link| link.end_workspace(workspace)),
+            None => self.links.iter().for_each(|entry| entry.link.end_workspace(workspace)),
+        }
     }
 
     /// Executors connected now.

@@ -1,17 +1,19 @@
 //! Sessions followed live on the real executor: as events, attached, and by waiting; and what readers cost each other.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use exec_gateway::admin::{Request as Order, Response};
-use exec_gateway::protocol::ids::WorkspaceId;
+use exec_gateway::protocol::ids::{TokenId, WorkspaceId};
 use futures_util::{SinkExt, StreamExt};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout_at};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 use tokio_tungstenite::{WebSocketStream, client_async};
@@ -328,6 +330,16 @@ async fn a_session_is_attached_to_with_any_credential_of_its_workspace_and_no_ot
     assert_eq!(open(&stranger, "?token=egw_no").await, 401);
     assert_eq!(open(&bench.gateway.caller("other").await, "").await, 404);
     assert_eq!(open(&bench.caller, "?stream=stdall").await, 400);
+    let offering = async |protocols: String| {
+        let mut request = format!("ws://{}{session}/attach", stranger.address).into_client_request().unwrap();
+        request.headers_mut().insert("sec-websocket-protocol", protocols.parse().unwrap());
+        let stream = TcpStream::connect(stranger.address).await.unwrap();
+        // The client itself gives up on a server that chooses none of what it offers.
+        client_async(request, stream).await.map(|(_, answer)| answer.headers()["sec-websocket-protocol"].clone())
+    };
+    let named = format!("bearer.{}", cap.expose());
+    assert_eq!(offering(format!("chat, {named}")).await.unwrap(), named);
+    assert!(matches!(offering("bearer.egw_no".into()).await, Err(SocketError::Http(answer)) if answer.status() == 401));
     let plain = bench.caller.send("GET", &format!("{session}/attach"), &[], "").await;
     assert_eq!((plain.status.as_u16(), plain.code().as_str()), (426, "upgrade_required"));
 }
@@ -425,6 +437,46 @@ async fn a_revoked_token_ends_its_streams_and_no_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_expires_ends_its_streams_and_no_others() {
+    let bench = Workbench::start().await;
+    let session = start(&bench, json!({ "command": "echo here; cat" })).await;
+    let mut kept = Attached::to(&bench.caller, &session, "").await;
+    let workspace = WorkspaceId::new("w").unwrap();
+    let ttl = Some(Duration::from_secs(3));
+    let order = Order::TokenCreate { workspace, user: None, ttl, read_only: false };
+    let Response::Token { token, .. } = bench.gateway.admin(order).await else { panic!("no token") };
+    let caller = Caller::new(bench.gateway.address(), Some(token.expose().to_owned()));
+    let mut events = Events::of(&caller, &session, None).await;
+    let mut attached = Attached::to(&caller, &session, "").await;
+    events.expect("chunk").await;
+    let told = events.expect("revoked").await;
+    assert_eq!(told, json!({ "code": "invalid_token", "message": "the token has expired" }));
+    assert!(events.next().await.is_none());
+    assert_eq!(attached.closed().await, 1008);
+    assert_eq!(caller.send("GET", &session, &[], "").await.status, 401);
+    kept.socket.send(Message::binary(&b"on"[..])).await.unwrap();
+    kept.expect("stdin").await;
+    assert_eq!(kept.read(7).await, b"here\non");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browser_follows_events_with_its_token_in_the_query() {
+    let bench = Workbench::start().await;
+    let session = start(&bench, json!({ "command": "echo here" })).await;
+    let (stranger, token) = (bench.gateway.stranger(), bench.caller.token.as_ref().unwrap());
+    let ask = async |query: &str| {
+        let path = format!("{session}/output?{query}");
+        stranger.send("GET", &path, &[("accept", "text/event-stream")], "").await
+    };
+    let answer = ask(&format!("token={token}&since=0")).await;
+    assert_eq!(answer.status, 200);
+    assert!(answer.body.starts_with(b"id: 1\nevent: chunk\n"), "{answer:?}");
+    assert_eq!(ask("token=egw_no").await.status, 401);
+    // Answers that anybody can ask for with headers are had with headers.
+    assert_eq!(stranger.send("GET", &format!("{session}/output?token={token}"), &[], "").await.status, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_forgotten_session_ends_its_streams() {
     let bench = Workbench::start().await;
     let session = start(&bench, json!({ "command": "echo here; cat" })).await;
@@ -484,6 +536,81 @@ async fn an_attached_caller_that_takes_nothing_or_is_silent_loses_its_socket() {
         let shown = bench.caller.send("GET", &session, &[], "").await.json();
         assert_eq!(shown["state"], "running");
     }
+}
+
+/// A gateway whose only stream is taken by a reader of events who reads nothing while there is much to read.
+async fn unread(write_timeout_secs: u64) -> (Workbench, String, TokenId, TcpStream) {
+    let bench = Workbench::with(|config| {
+        config.session.streams_max = 1;
+        config.edge.write_timeout_secs = write_timeout_secs;
+        config.drain.grace_secs = 50;
+        // With little room in the connection's own buffer it asks the stream for nothing more.
+        config.edge.header_bytes_max = 8192;
+        // Nor does the system notice.
+        config.edge.tcp_user_timeout_secs = 600;
+    })
+    .await;
+    std::fs::write(bench.file("noise"), noise(6, 12 * MIB)).unwrap();
+    let session = start(&bench, json!({ "command": "cat noise; cat" })).await;
+    printed(&bench.caller, &session, 12 * MIB).await;
+    let (caller, id) = bench.gateway.caller_and_token("w").await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(16 * 1024).unwrap();
+    let mut unread = socket.connect(caller.address).await.unwrap();
+    let headers = format!("accept: text/event-stream\r\nauthorization: Bearer {}\r\n", caller.token.unwrap());
+    let request = format!("GET {session}/output HTTP/1.1\r\nhost: gateway\r\n{headers}\r\n");
+    unread.write_all(request.as_bytes()).await.unwrap();
+    let mut status = [0; 12];
+    unread.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 200");
+    assert_eq!(Events::ask(&bench.caller, &session, None).await.status(), 429);
+    let (mut waiting, mut looks) = (None, 0);
+    eventually("the gateway can send no more", async || {
+        let now = unsent(caller.address.port(), unread.local_addr().unwrap().port());
+        looks = if now > Some(0) && now == waiting { looks + 1 } else { 0 };
+        waiting = now;
+        (looks >= 50 || now.is_none()).then_some(())
+    })
+    .await;
+    (bench, session, id, unread)
+}
+
+/// Bytes that the system holds for the other end of a connection; `None` when there is no such connection.
+fn unsent(port: u16, peer: u16) -> Option<u64> {
+    let connections = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    connections.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let of = |field: &str| u16::from_str_radix(field.split_once(':')?.1, 16).ok();
+        let found = of(fields.get(1)?)? == port && of(fields.get(2)?)? == peer;
+        found.then(|| u64::from_str_radix(fields[4].split_once(':').unwrap().0, 16).unwrap())
+    })
+}
+
+async fn its_place_is_free(bench: &Workbench, session: &str) {
+    eventually("its place is free", async || {
+        (Events::ask(&bench.caller, session, None).await.status() == 200).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_token_ends_its_stream_though_nobody_reads_it() {
+    let (bench, session, id, _unread) = unread(600).await;
+    bench.gateway.admin(Order::TokenRevoke { id }).await;
+    its_place_is_free(&bench, &session).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_nobody_reads_does_not_hold_up_the_drain() {
+    let (Workbench { gateway, .. }, _, _, _unread) = unread(600).await;
+    let drained = timeout(Duration::from_secs(40), gateway.gateway.run_until(async {})).await;
+    drained.expect("the grace of 50 s was used up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_not_taken_loses_its_connection() {
+    let (bench, session, _, _unread) = unread(1).await;
+    its_place_is_free(&bench, &session).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,6 +8,7 @@ mod cli;
 mod endure;
 mod files;
 mod flavours;
+mod harness;
 mod limits;
 mod links;
 mod registration;

@@ -4,11 +4,12 @@ use std::net::SocketAddr;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use exec_gateway::session::{SessionError, StartRequest, StdinMode};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::restart::{free_address, workspace};
-use crate::support::{Caller, CodexExecutor, DaemonProcess, Proxy, Scratch, Workbench, eventually, noise};
+use crate::support::{Caller, CodexExecutor, DaemonProcess, PATIENCE, Proxy, Scratch, Workbench, eventually, noise};
 
 /// A session as a caller sees it.
 pub struct Started<'a> {
@@ -214,6 +215,54 @@ async fn sessions_past_the_bound_are_refused_and_forgotten_ones_make_room() {
     let listed = bench.caller.send("GET", "/api/connectors/processes", &[], "").await.json();
     assert_eq!(listed["processes"].as_array().unwrap().len(), 2);
     assert_eq!(listed["processes"][0]["state"], "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_start_key_is_refused_alike_while_there_is_no_room_and_works_once_there_is() {
+    let bench = Workbench::with(|config| config.session.workspace_max = 1).await;
+    let first = start(&bench.caller, json!({ "command": "true" })).await;
+    let arguments = json!({ "command": "echo x >> starts", "key": "k", "stdin": "none" });
+    let refused = bench.caller.tool("box", "exec_command", arguments.clone()).await;
+    assert_eq!((refused.status.as_u16(), refused.code().as_str()), (429, "too_many_sessions"));
+    // Behind the door they all meet: over HTTP most would come one after the other.
+    let api = bench.gateway.gateway.api();
+    let principal = api.corridor.auth.principal(bench.caller.token.as_deref().unwrap()).await.unwrap();
+    let workspace = api.workspaces.get(&principal);
+    let binding = workspace.environment("box").await.unwrap();
+    let request = StartRequest {
+        argv: vec!["true".into()],
+        cwd: None,
+        env: Default::default(),
+        tty: false,
+        stdin: StdinMode::None,
+        timeout_ms: None,
+        label: None,
+    };
+    let starts = (0..50).map(|_| {
+        let key = Some("k".to_owned());
+        api.sessions.start(&workspace, &binding, request.clone(), key, PATIENCE)
+    });
+    for refused in futures_util::future::join_all(starts).await {
+        assert!(matches!(refused, Err(SessionError::TooMany(1))), "{:?}", refused.err());
+    }
+    let path = format!("/api/connectors/processes/{}", first.id);
+    assert_eq!(bench.caller.send("DELETE", &path, &[], "").await.status, 200);
+    let starts = (0..50).map(|_| start(&bench.caller, arguments.clone()));
+    let started = futures_util::future::join_all(starts).await;
+    assert!(started.iter().all(|session| session.id == started[0].id));
+    started[0].read_all().await;
+    assert_eq!(std::fs::read_to_string(bench.file("starts")).unwrap(), "x\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_under_one_start_key_are_all_told_that_it_failed() {
+    let bench = Workbench::start().await;
+    let arguments = json!({ "command": [bench.file("nothing")], "key": "k", "stdin": "none" });
+    let starts = (0..50).map(|_| bench.caller.result("box", "exec_command", arguments.clone()));
+    for failed in futures_util::future::join_all(starts).await {
+        assert_eq!(failed["structuredContent"]["code"], "not_started", "{failed}");
+    }
+    assert!(bench.gateway.gateway.api().sessions.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,7 +22,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::codex::{self, Codex, Process, Scratch};
-use crate::serve::{shutdown_signal, start_logging};
+use crate::serve::{raise_open_files, shutdown_signal, start_logging};
 use crate::show::print;
 
 const WORKSPACE: &str = "demo";
@@ -46,6 +46,7 @@ pub fn run(resolved: Resolved, once: bool, codex: Option<PathBuf>) -> anyhow::Re
         _ => resolved.config.log_level,
     };
     start_logging(level, resolved.config.log_format);
+    raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
     runtime.block_on(async {
         let shutdown = shutdown_signal().context("signals cannot be listened to")?;

@@ -68,12 +68,14 @@ pub fn start_logging(level: LogLevel, format: LogFormat) {
 }
 
 /// Every executor, harness and caller is an open file, and the usual soft limit is 1024.
-fn raise_open_files() {
+pub fn raise_open_files() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
         tracing::warn!(%error, "the limit of open files could not be raised");
     }
+    let open_files_max = getrlimit(Resource::Nofile).current;
+    tracing::info!(open_files_max, "files that may be open at once");
 }
 
 /// Ready at the first SIGTERM or SIGINT from now on.

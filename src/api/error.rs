@@ -169,6 +169,7 @@ impl From<&ReachError> for ApiError {
             ReachError::NoEnvironment(_) => Self::new(404, "env_not_found", message),
             ReachError::NotConnected(_) => Self::new(503, "executor_not_connected", message).retry_after(2),
             ReachError::TooManyStreams => Self::new(429, "too_many_streams", message).retry_after(1),
+            ReachError::StreamTaken => Self::new(409, "stream_taken", message),
             ReachError::Unreachable { source, .. } => {
                 let (status, code) = match &**source {
                     ConnectError::Handshake(HandshakeError::Timeout)

@@ -15,7 +15,7 @@ use tokio_tungstenite::WebSocketStream;
 use uuid::Uuid;
 
 use super::error::ApiError;
-use super::{Api, json, query_parameter};
+use super::{Api, harness, json, query_parameter};
 use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
 use crate::auth::sigv4::SignedRequest;
 use crate::config::Secret;
@@ -305,7 +305,7 @@ fn answer(api: &Api, door: Door, registration: &Registration, headers: &HeaderMa
 }
 
 /// Where the executor dials: the configured public URL, else the Host under which it has just reached us.
-fn websocket_base(api: &Api, headers: &HeaderMap) -> String {
+pub(super) fn websocket_base(api: &Api, headers: &HeaderMap) -> String {
     match &api.config.public_url {
         Some(url) => {
             let url = url.trim_end_matches('/');
@@ -377,14 +377,14 @@ fn unauthorized() -> ApiError {
     ApiError::new(401, "unauthorized", "unauthorized")
 }
 
-/// `GET /bridge/{id}` with a ticket: the executor's socket.
+/// `GET /bridge/{id}`: the socket of an executor, or of a harness. Executors show a registration and a ticket.
 pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let query = request.uri().query().unwrap_or_default();
     let (ticket, registration) = (query_parameter(query, "token"), query_parameter(query, "reg"));
-    if ticket.is_none() && registration.is_none() {
-        // Harnesses show their credential in a header.
-        api.corridor.auth.principal(crate::auth::bearer(request.headers())?).await?;
-        return Err(ApiError::new(501, "not_implemented", "harness sockets are not served yet"));
+    // A ticket begins with the id of its executor, which no credential of a harness does.
+    let of_executor = |ticket: &String| ticket.strip_prefix(id).is_some_and(|rest| rest.starts_with('.'));
+    if registration.is_none() && !ticket.as_ref().is_some_and(of_executor) {
+        return harness::open(api, id, request).await;
     }
     // A registration without a ticket is still an executor, to whom 401 is never said.
     let ticket = ticket.unwrap_or_default();
@@ -437,7 +437,7 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     let link = &api.corridor.link;
     let message_bytes_max = if transport.is_shared() { link.json_frame_bytes_max } else { link.frame_bytes_max };
     let limits = SocketLimits { read_buffer_bytes: link.read_buffer_bytes, message_bytes_max };
-    let (response, socket) = upgrade::accept(request, limits);
+    let (response, socket) = upgrade::accept(request, None, limits);
     // Boxed, so that it is gone once it is done: what a task captures lasts as long as the task, here as the link.
     let socket = Box::pin(socket);
     let (handle, outbox) = LinkHandle::new(registration, link.clone(), api.metrics.clone());

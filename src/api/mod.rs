@@ -1,7 +1,9 @@
 //! The doors: parse, authenticate, call the domain, answer. No rules of the domain live here.
 
+mod credential;
 pub mod error;
 pub mod executor;
+pub mod harness;
 pub mod processes;
 pub mod rest;
 
@@ -23,6 +25,7 @@ use crate::edge::body::{Body, full};
 use crate::edge::router::{Envelope, Route, RouteError, Router, percent_decode};
 use crate::ops::metrics::Metrics;
 use crate::protocol::rest::ErrorBody;
+use crate::relay::harness::AttachedSessions;
 use crate::session::Sessions;
 use crate::workspace::Corridor;
 use crate::workspace::cache::Workspaces;
@@ -43,6 +46,8 @@ pub struct Api {
     pub tools: Arc<crate::config::Tools>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// Executor sessions of plain harnesses.
+    pub harnesses: AttachedSessions,
     /// Tasks that own an executor's socket.
     pub links: TaskTracker,
     /// Tasks that own a caller's socket.
@@ -68,6 +73,7 @@ impl Api {
             config,
             corridor,
             metrics,
+            harnesses: AttachedSessions::default(),
             links: TaskTracker::new(),
             sockets: TaskTracker::new(),
             draining: CancellationToken::new(),
@@ -124,6 +130,7 @@ impl Api {
             Route::RegisterAgentx => executor::register(&self, executor::Door::Agentx, &parameter, request).await,
             Route::RegisterDirect => executor::register(&self, executor::Door::Direct, &parameter, request).await,
             Route::Validate => executor::validate(&self, &parameter, request).await,
+            Route::Connect => harness::connect(&self, &parameter, request).await,
             Route::Bridge => executor::open_link(&self, &parameter, request).await,
             Route::Health => {
                 let body = if request.method() == Method::HEAD { full("") } else { full("ok\n") };
@@ -191,9 +198,18 @@ fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
 
 /// A JSON answer ends with a newline, as the original's do.
 fn json_line(value: &impl Serialize) -> Vec<u8> {
-    let mut line = serde_json::to_vec(value).expect("bodies of the API are plain data");
+    json_line_in(Vec::new(), value)
+}
+
+/// As [`json_line`], in a buffer that has the room already.
+fn json_line_in(mut line: Vec<u8>, value: &impl Serialize) -> Vec<u8> {
+    write_json(&mut line, value);
     line.push(b'\n');
     line
+}
+
+fn write_json(text: &mut Vec<u8>, value: &impl Serialize) {
+    serde_json::to_writer(text, value).expect("what the API tells is plain data");
 }
 
 fn json(value: &impl Serialize) -> Response<Body> {

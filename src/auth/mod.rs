@@ -10,6 +10,7 @@ mod doubles;
 pub mod executor;
 pub mod harness;
 pub mod proxy_token;
+pub mod resume;
 pub mod sigv4;
 pub mod ticket;
 mod upstream;
@@ -18,13 +19,15 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use exec_gateway_protocol::cap_token::is_cap_token;
-use exec_gateway_protocol::ids::{TokenId, TurnId, UserId, WorkspaceId};
+use exec_gateway_protocol::harness_token::HarnessTokenError;
+use exec_gateway_protocol::ids::{ExecutorId, RegistrationId, TokenId, TurnId, UserId, WorkspaceId};
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
 use tokio::sync::{broadcast, watch};
+use tokio::time::sleep;
 
 pub use upstream::UpstreamError;
 
@@ -33,13 +36,17 @@ use crate::store::{KeyPurpose, Revocation, Store, StoreError};
 
 use self::cap_token::CapTokens;
 use self::executor::ExecutorAuth;
-use self::harness::HarnessAuth;
+use self::harness::{HarnessAuth, HarnessAuthError};
 use self::proxy_token::ProxyTokenAuth;
+use self::resume::ResumeNames;
 use self::ticket::Tickets;
 use self::upstream::Upstream;
 
 /// Longest credential looked at, in bytes. Cap-tokens are the longest by nature, below 1 KiB.
 pub const CREDENTIAL_BYTES_MAX: usize = 4096;
+
+/// How long the wall clock is not looked at while the end of a credential is waited for.
+const EXPIRY_LOOK: Duration = Duration::from_secs(30);
 
 /// Proof of who calls. Only this module makes one, so holding it means that a credential was checked.
 #[derive(Debug, Clone)]
@@ -77,6 +84,16 @@ impl Principal {
     pub fn expires_at(&self) -> Option<SystemTime> {
         self.0.expires_at
     }
+    /// Waits until the credential has ended by itself; for ever where its end is not known.
+    pub async fn expired(&self) {
+        let Some(end) = self.expires_at() else { return std::future::pending().await };
+        while let Ok(left) = end.duration_since(SystemTime::now())
+            && !left.is_zero()
+        {
+            // The wall clock may be set meanwhile, and does not stand still while the machine sleeps.
+            sleep(left.min(EXPIRY_LOOK)).await;
+        }
+    }
 }
 
 /// Names a credential without being one.
@@ -88,6 +105,8 @@ pub enum CredentialId {
     Digest([u8; 32]),
     /// A cap-token, by the turn it was minted for.
     Cap(TurnId),
+    /// The authorization of one encrypted handshake.
+    Handshake,
 }
 
 impl fmt::Display for CredentialId {
@@ -100,6 +119,7 @@ impl fmt::Display for CredentialId {
                 digest[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
             }
             Self::Cap(turn) => write!(f, "cap:{turn}"),
+            Self::Handshake => f.write_str("handshake"),
         }
     }
 }
@@ -161,6 +181,7 @@ struct Parts {
     executors: ExecutorAuth,
     tickets: Tickets,
     harness: HarnessAuth,
+    resume: ResumeNames,
     counters: Arc<TokenCounters>,
 }
 
@@ -179,6 +200,7 @@ impl Auth {
             cap_tokens: CapTokens::new(store.clone(), cap_keys, config, clock.clone()).await?,
             tickets: Tickets::new(store.keyring(KeyPurpose::Ticket).await?, config, clock.clone()),
             harness: HarnessAuth::new(store.keyring(KeyPurpose::Harness).await?, config, clock.clone()),
+            resume: ResumeNames::new(store.keyring(KeyPurpose::Resume).await?),
             executors: ExecutorAuth::new(
                 store.clone(),
                 store.keyring(KeyPurpose::Executor).await?,
@@ -206,6 +228,31 @@ impl Auth {
             return Ok(self.0.cap_tokens.verify(bearer)?);
         }
         self.0.proxy_tokens.principal(bearer).await
+    }
+
+    /// Who shows the authorization of an encrypted handshake with this executor at our door, and for which registration
+    /// it was made. It opens streams; once one is open its own end means nothing.
+    ///
+    /// # Errors
+    /// [`AuthError::Invalid`] and [`AuthError::Expired`].
+    pub fn handshake_principal(
+        &self,
+        authorization: &str,
+        executor: &ExecutorId,
+    ) -> Result<(Principal, RegistrationId), AuthError> {
+        let claims = self.0.harness.admit(authorization, executor).map_err(|error| match error {
+            HarnessAuthError::Token(HarnessTokenError::Expired) => AuthError::Expired,
+            HarnessAuthError::Token(_) | HarnessAuthError::OtherHandshake => AuthError::Invalid,
+        })?;
+        let principal = Principal(Arc::new(Claims {
+            workspace: claims.workspace,
+            user: None,
+            credential: CredentialId::Handshake,
+            scopes: Scopes::default(),
+            expires_at: None,
+            issued_at: None,
+        }));
+        Ok((principal, claims.registration))
     }
 
     /// Watches for credentials that are taken away from now on. Made before a credential is checked, it misses nothing
@@ -237,6 +284,10 @@ impl Auth {
     /// Authorizations of encrypted handshakes.
     pub fn harness(&self) -> &HarnessAuth {
         &self.0.harness
+    }
+    /// Names of executor sessions for harnesses.
+    pub fn resume_names(&self) -> &ResumeNames {
+        &self.0.resume
     }
     /// What the token caches and the validator did so far.
     pub fn counters(&self) -> &TokenCounters {

@@ -12,28 +12,46 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use socket2::SockRef;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SetOnce};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::body::Body;
+use super::stall::StallLimit;
 use crate::config;
 
 /// Pause after the kernel refused to accept (no file descriptors left, usually): it lasts until a connection ends.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long a client may take to read the last of an answer that has come to its end.
+const ENDING_GRACE: Duration = Duration::from_secs(3);
+
+/// When an answer that goes on for long has to end, put among its extensions. Its body is not asked for anything while
+/// the client reads nothing, so it cannot see to that alone: its connection is closed shortly after, whoever reads.
+#[derive(Clone)]
+pub struct Ending(Shared<BoxFuture<'static, ()>>);
+
+impl Ending {
+    /// Comes when `end` is ready.
+    pub fn when(end: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(end.boxed().shared())
+    }
+}
+
 /// Serves one kind of requests on any number of addresses.
 pub struct Listener<S> {
     settings: config::Edge,
-    dead_after: Duration,
     service: S,
     permits: Arc<Semaphore>,
     /// Every connection task, for shutdown to wait on.
@@ -47,12 +65,11 @@ where
     S: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    /// A listener that answers with `service`; `dead_after` bounds how long sent bytes may stay unacknowledged.
-    pub fn new(settings: config::Edge, dead_after: Duration, service: S) -> Arc<Self> {
+    /// A listener that answers with `service`.
+    pub fn new(settings: config::Edge, service: S) -> Arc<Self> {
         Arc::new(Self {
             permits: Arc::new(Semaphore::new(settings.connections_max)),
             settings,
-            dead_after,
             service,
             connections: TaskTracker::new(),
             drain: CancellationToken::new(),
@@ -89,9 +106,7 @@ where
     }
 
     async fn serve(&self, stream: TcpStream) {
-        let _ = stream.set_nodelay(true);
-        // Frees a socket whose peer vanished while bytes were on their way; idle ones are found by pings.
-        let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(self.dead_after));
+        tune(&stream, Duration::from_secs(self.settings.tcp_user_timeout_secs));
 
         let activity = Arc::new(Activity::new(&self.settings));
         let service = {
@@ -101,12 +116,18 @@ where
                 let busy = Busy::new(activity.clone());
                 let answer = service(request);
                 async move {
-                    let answer = answer.await;
+                    let mut answer = answer.await;
+                    if let Some(ending) = answer.extensions_mut().remove::<Ending>() {
+                        // No other answer follows on the connection, so it may be cut when this one has to end.
+                        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+                        let _ = busy.0.ending.set(ending);
+                    }
                     // The connection is busy until the last byte of the body was taken.
                     Ok::<_, Infallible>(answer.map(|body| BusyBody { body, _busy: busy }))
                 }
             })
         };
+        let write_timeout = Duration::from_secs(self.settings.write_timeout_secs);
         // One accepted while the gateway drains is answered once: a register refused now would end its executor.
         let draining = self.drain.is_cancelled();
         let connection = http1::Builder::new()
@@ -114,7 +135,7 @@ where
             .header_read_timeout(None)
             .keep_alive(!draining)
             .max_buf_size(self.settings.header_bytes_max)
-            .serve_connection(TokioIo::new(stream), service)
+            .serve_connection(TokioIo::new(StallLimit::new(stream, write_timeout)), service)
             .with_upgrades();
         let mut connection = pin!(connection);
         let mut idle = pin!(activity.expired());
@@ -125,10 +146,15 @@ where
             activity.begun.cancelled().await;
         };
         let mut drained = pin!(drained);
+        let ended = async {
+            activity.ending.wait().await.clone().0.await;
+            tokio::time::sleep(ENDING_GRACE).await;
+        };
+        let mut ended = pin!(ended);
         loop {
             tokio::select! {
-                ended = connection.as_mut() => {
-                    if let Err(error) = ended {
+                closed = connection.as_mut() => {
+                    if let Err(error) = closed {
                         tracing::debug!(%error, "connection ended");
                     }
                     return;
@@ -138,9 +164,22 @@ where
                     connection.as_mut().graceful_shutdown();
                 }
                 () = idle.as_mut() => return,
+                () = ended.as_mut() => return,
             }
         }
     }
+}
+
+/// Lets the kernel find a peer that vanished: by bytes it does not take, and where none are sent by its silence to
+/// probes. A socket that refuses an option is served all the same.
+fn tune(stream: &TcpStream, user_timeout: Duration) {
+    let _ = stream.set_nodelay(true);
+    let socket = SockRef::from(stream);
+    let _ = socket.set_tcp_user_timeout(Some(user_timeout));
+    // Probes count in whole seconds, at least one. How many go unanswered is decided by the user timeout.
+    let part = |nth: u64| Duration::from_secs((user_timeout.as_secs() / nth).max(1));
+    let probes = TcpKeepalive::new().with_time(part(2)).with_interval(part(6));
+    let _ = socket.set_tcp_keepalive(&probes);
 }
 
 /// Whether an accept failed because of the one connection it would have accepted.
@@ -155,6 +194,8 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 struct Activity {
     requests: AtomicUsize,
     begun: CancellationToken,
+    /// Set by the answer that is to be the last.
+    ending: SetOnce<Ending>,
     deadline: Mutex<Instant>,
     idle_timeout: Duration,
 }
@@ -165,6 +206,7 @@ impl Activity {
         Self {
             requests: AtomicUsize::new(0),
             begun: CancellationToken::new(),
+            ending: SetOnce::new(),
             deadline: Mutex::new(first_request),
             idle_timeout: Duration::from_secs(settings.idle_timeout_secs),
         }
@@ -233,5 +275,46 @@ impl HttpBody for BusyBody {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+    use tokio_util::task::AbortOnDropHandle;
+
+    use super::super::body::full;
+    use super::*;
+
+    /// How long the kernel may take to notice, on a busy machine.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn a_peer_that_takes_nothing_is_cut_by_the_kernel() {
+        let settings = config::Edge { tcp_user_timeout_secs: 1, ..config::Edge::default() };
+        let listener = Listener::new(settings, |_| async { Response::new(full(vec![0; 64 << 20])) });
+        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let _accepting = AbortOnDropHandle::new(tokio::spawn(listener.clone().accept(socket, stop)));
+        let mut stuck = TcpStream::connect(address).await.unwrap();
+        stuck.write_all(b"GET / HTTP/1.1\r\nhost: gw\r\n\r\n").await.unwrap();
+        stuck.readable().await.unwrap();
+        listener.connections.close();
+        tokio::time::timeout(PATIENCE, listener.connections.wait()).await.expect("the connection ends");
+    }
+
+    #[tokio::test]
+    async fn a_silent_connection_is_probed() {
+        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (_peer, accepted) = tokio::join!(TcpStream::connect(socket.local_addr().unwrap()), socket.accept());
+        let (stream, _) = accepted.unwrap();
+        tune(&stream, Duration::from_secs(30));
+        let socket = SockRef::from(&stream);
+        assert!(socket.keepalive().unwrap() && socket.tcp_nodelay().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(15));
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(5));
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(30)));
     }
 }

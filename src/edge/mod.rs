@@ -4,4 +4,5 @@ pub mod body;
 pub mod burst;
 pub mod listener;
 pub mod router;
+pub mod stall;
 pub mod upgrade;

@@ -34,6 +34,8 @@ pub enum Route {
     RegisterDirect,
     /// An executor asks whether to trust a harness.
     Validate,
+    /// A harness asks for the way to an encrypted executor.
+    Connect,
     /// An executor or a harness opens its socket.
     Bridge,
     /// The gateway is alive.
@@ -66,7 +68,8 @@ impl Route {
             | Self::RegisterCodex
             | Self::RegisterAgentx
             | Self::RegisterDirect
-            | Self::Validate => Envelope::Json,
+            | Self::Validate
+            | Self::Connect => Envelope::Json,
         }
     }
 }
@@ -108,6 +111,7 @@ impl Router {
         add(Method::POST, "/cloud/environment/{id}/direct/register", Route::RegisterDirect);
         add(Method::POST, "/cloud/environment/{id}/validate", Route::Validate);
         add(Method::POST, "/cloud/executor/{id}/validate", Route::Validate);
+        add(Method::POST, "/cloud/environment/{id}/connect", Route::Connect);
         add(Method::GET, "/bridge/{id}", Route::Bridge);
         add(Method::GET, "/codex-exec/{id}", Route::Bridge);
         add(Method::GET, "/agentx/{id}", Route::Bridge);

@@ -2,7 +2,10 @@
 
 use std::future::Future;
 
-use hyper::header::{CONNECTION, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
+use hyper::header::{
+    CONNECTION, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION,
+    UPGRADE,
+};
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
@@ -12,6 +15,7 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
 use super::body::{Body, full};
 use super::burst::BurstRead;
+use super::stall::StallLimit;
 
 /// The request is not a WebSocket handshake of RFC 6455 §4.2.1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -63,10 +67,11 @@ pub fn check(headers: &HeaderMap) -> Result<(), UpgradeError> {
     Ok(())
 }
 
-/// Accepts a checked handshake: the answer to send, and the socket once it was sent. The socket is `None` when the
-/// client left before.
+/// Accepts a checked handshake, with one of the sub-protocols that it offers or none: the answer to send, and the
+/// socket once it was sent. The socket is `None` when the client left before.
 pub fn accept<B>(
     mut request: Request<B>,
+    protocol: Option<HeaderValue>,
     limits: SocketLimits,
 ) -> (Response<Body>, impl Future<Output = Option<WebSocketStream<BurstRead<TcpStream>>>>) {
     let key = request.headers().get(SEC_WEBSOCKET_KEY).map_or(&b""[..], HeaderValue::as_bytes);
@@ -77,11 +82,14 @@ pub fn accept<B>(
     headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
     headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     headers.insert(SEC_WEBSOCKET_ACCEPT, HeaderValue::from_str(&accept).expect("base64 is a header value"));
+    if let Some(protocol) = protocol {
+        headers.insert(SEC_WEBSOCKET_PROTOCOL, protocol);
+    }
     let upgraded = hyper::upgrade::on(&mut request);
     let socket = async move {
         // Taking the TCP stream out of hyper's boxes saves their buffers on every idle socket.
-        let parts = upgraded.await.ok()?.downcast::<TokioIo<TcpStream>>().ok()?;
-        let stream = BurstRead::new(parts.io.into_inner());
+        let parts = upgraded.await.ok()?.downcast::<TokioIo<StallLimit<TcpStream>>>().ok()?;
+        let stream = BurstRead::new(parts.io.into_inner().into_inner());
         let read = parts.read_buf.to_vec();
         Some(WebSocketStream::from_partially_read(stream, read, Role::Server, Some(limits.into())).await)
     };

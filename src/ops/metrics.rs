@@ -18,10 +18,16 @@ pub struct Metrics {
     pub registrations: Family<OutcomeLabel, Counter>,
     /// Executor sockets by how they ended.
     pub links_ended: Family<OutcomeLabel, Counter>,
+    /// Harness sockets by how they ended.
+    pub harnesses_ended: Family<OutcomeLabel, Counter>,
     /// Frames dropped because they do not decode or may not be there.
     pub frames_dropped: Counter,
     /// Streams reset because their reader was too slow.
     pub streams_overrun: Counter,
+    /// Bytes for slow harnesses written to disk.
+    pub spilled_bytes: Counter,
+    /// Frames refused because a harness was too far behind.
+    pub spill_overruns: Counter,
     /// Panics of connection and link tasks.
     pub panics: Counter,
 }
@@ -70,11 +76,18 @@ impl Metrics {
         registry.register("calls", "Tool calls by tool and outcome", self.calls.clone());
         registry.register("registrations", "Executor registrations by outcome", self.registrations.clone());
         registry.register("links_ended", "Executor sockets by how they ended", self.links_ended.clone());
+        registry.register("harnesses_ended", "Harness sockets by how they ended", self.harnesses_ended.clone());
         registry.register("frames_dropped", "Frames dropped as undecodable or misplaced", self.frames_dropped.clone());
         registry.register(
             "streams_overrun",
             "Streams reset because their reader was too slow",
             self.streams_overrun.clone(),
+        );
+        registry.register("spilled_bytes", "Bytes for slow harnesses written to disk", self.spilled_bytes.clone());
+        registry.register(
+            "spill_overruns",
+            "Frames refused because a harness was too far behind",
+            self.spill_overruns.clone(),
         );
         registry.register("panics", "Panics of tasks; each ended one connection", self.panics.clone());
         registry.register_collector(Box::new(ReadingsCollector(readings)));

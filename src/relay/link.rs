@@ -24,7 +24,7 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message, Utf8Bytes};
 use tokio_util::sync::CancellationToken;
 
 use super::shared::Shared as Session;
-use super::stream::{StreamEnd, StreamHandle};
+use super::stream::{Delivery, StreamEnd, StreamHandle};
 use crate::config;
 use crate::ops::metrics::Metrics;
 use crate::protocol::frame::{Body, Frame, StreamId};
@@ -42,6 +42,11 @@ const WRITE_BYTES: usize = 8 << 20;
 
 /// Largest frame that executors take on a shared socket, in bytes (codex-exec-server.md §3.1).
 const JSON_FRAME_BYTES_MAX: usize = 16 << 20;
+
+/// Failed encrypted handshakes of one workspace after which it may begin no more on this link, and for how long. The
+/// executor's own bound is 8 of all workspaces together.
+const FAILED_HANDSHAKES_MAX: u32 = 2;
+const FAILED_HANDSHAKES_FOR: Duration = Duration::from_secs(60);
 
 /// Tells one socket from another of the same executor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,6 +123,8 @@ struct Shared {
     outbox: mpsc::Sender<Bytes>,
     routes: Mutex<Routes>,
     handshakes: Arc<Semaphore>,
+    /// Encrypted handshakes of harnesses that failed, by workspace. Bounded by the workspaces bound to the executor.
+    failed_handshakes: Mutex<HashMap<WorkspaceId, (u32, Instant)>>,
     opened: Instant,
     /// Milliseconds from `opened` to the last byte of the executor.
     heard_ms: AtomicU64,
@@ -139,10 +146,17 @@ struct Routes {
 struct Route {
     id: RouteId,
     workspace: WorkspaceId,
-    inbox: mpsc::Sender<Body>,
+    inbox: mpsc::Sender<Delivery>,
+    taken: Arc<OnceLock<StreamEnd>>,
+    by_holder: bool,
 }
 
 impl Routes {
+    fn have_room(&self, workspace: &WorkspaceId, settings: &config::Link) -> bool {
+        let of_workspace = self.per_workspace.get(workspace).copied().unwrap_or(0);
+        self.streams.len() < settings.streams_max && of_workspace < settings.workspace_streams_max
+    }
+
     fn remove(&mut self, stream: &StreamId, id: RouteId) {
         if self.streams.get(stream).is_none_or(|route| route.id != id) {
             return;
@@ -169,6 +183,7 @@ impl LinkHandle {
         let handle = Self(Arc::new(Shared {
             id: LinkId(NEXT.fetch_add(1, Ordering::Relaxed)),
             handshakes: Arc::new(Semaphore::new(settings.handshakes_pending_max)),
+            failed_handshakes: Mutex::default(),
             registration,
             settings,
             metrics,
@@ -214,6 +229,11 @@ impl LinkHandle {
         self.routes().streams.len()
     }
 
+    /// Whether the workspace may open another stream right now.
+    pub fn has_room(&self, workspace: &WorkspaceId) -> bool {
+        self.routes().have_room(workspace, &self.0.settings)
+    }
+
     /// Opens a stream under an id of the gateway's choice.
     ///
     /// # Errors
@@ -240,15 +260,16 @@ impl LinkHandle {
         if routes.streams.contains_key(&id) {
             return Err(OpenError::Taken);
         }
-        let of_workspace = routes.per_workspace.get(workspace).copied().unwrap_or(0);
-        if routes.streams.len() >= settings.streams_max || of_workspace >= settings.workspace_streams_max {
+        if !routes.have_room(workspace, settings) {
             return Err(OpenError::TooManyStreams);
         }
         routes.next += 1;
         let route = RouteId(routes.next);
         *routes.per_workspace.entry(workspace.clone()).or_default() += 1;
-        routes.streams.insert(id.clone(), Route { id: route, workspace: workspace.clone(), inbox });
-        Ok(StreamHandle::new(id, route, self.clone(), receiver))
+        let taken = Arc::new(OnceLock::new());
+        let entry = Route { id: route, workspace: workspace.clone(), inbox, taken: taken.clone(), by_holder: false };
+        routes.streams.insert(id.clone(), entry);
+        Ok(StreamHandle::new(id, route, self.clone(), receiver, taken))
     }
 
     /// Whether the link has ended or is about to: no stream should be opened on it.
@@ -284,6 +305,59 @@ impl LinkHandle {
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
                 runtime.spawn(async move { link.send(frame).await });
             }
+        }
+    }
+
+    /// Counts a frame that is for nobody.
+    pub(super) fn drop_frame(&self) {
+        self.0.metrics.frames_dropped.inc();
+    }
+
+    /// Whether a workspace may not begin encrypted streams for now: an executor locks everybody out after some failed
+    /// handshakes, whoever they are of (codex-exec-server.md §3.2).
+    pub fn locks_out(&self, workspace: &WorkspaceId) -> bool {
+        let failures = self.failed_handshakes();
+        failures
+            .get(workspace)
+            .is_some_and(|(count, last)| *count >= FAILED_HANDSHAKES_MAX && last.elapsed() < FAILED_HANDSHAKES_FOR)
+    }
+
+    /// Counts an encrypted handshake of this workspace that the executor refused.
+    pub(super) fn handshake_failed(&self, workspace: &WorkspaceId) {
+        let mut failures = self.failed_handshakes();
+        failures.retain(|_, (_, last)| last.elapsed() < FAILED_HANDSHAKES_FOR);
+        let (count, last) = failures.entry(workspace.clone()).or_insert((0, Instant::now()));
+        *count += 1;
+        *last = Instant::now();
+    }
+
+    fn failed_handshakes(&self) -> MutexGuard<'_, HashMap<WorkspaceId, (u32, Instant)>> {
+        self.0.failed_handshakes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends every stream of a workspace that may reach the executor no more, here and at the executor, but for those
+    /// that their holders end. Who reads one learns of it after what had arrived before.
+    pub fn end_workspace(&self, workspace: &WorkspaceId) {
+        let mut routes = self.routes();
+        let of_workspace = |(_, route): &(&StreamId, &Route)| route.workspace == *workspace && !route.by_holder;
+        let ended: Vec<(StreamId, RouteId)> =
+            routes.streams.iter().filter(of_workspace).map(|(id, route)| (id.clone(), route.id)).collect();
+        for (id, route) in &ended {
+            if let Some(route) = routes.streams.get(id) {
+                let _ = route.taken.set(StreamEnd::Withdrawn);
+            }
+            routes.remove(id, *route);
+        }
+        drop(routes);
+        for (stream_id, _) in ended {
+            self.send_detached(Frame { stream_id, body: Body::Reset { reason: "withdrawn".into() } }.encode());
+        }
+    }
+
+    /// Leaves the end of a stream to its holder when the right of its workspace ends.
+    pub(super) fn spare(&self, stream: &StreamId, route: RouteId) {
+        if let Some(entry) = self.routes().streams.get_mut(stream).filter(|entry| entry.id == route) {
+            entry.by_holder = true;
         }
     }
 
@@ -397,7 +471,8 @@ impl Desk {
             // Apart, so that the lock is gone before anybody waits.
             let frame = self.session().next_for_streams();
             let Some(frame) = frame else { return };
-            deliver(frame, link).await;
+            // Encrypted harnesses alone hand on bytes of the wire, and never over this link.
+            deliver(frame, Bytes::new(), link).await;
         }
     }
 
@@ -477,10 +552,10 @@ where
         let Some(message) = message else { return LinkEnd::Peer };
         link.heard();
         match message {
-            Ok(Message::Binary(frame)) => match desk {
-                Some(desk) => desk.message(frame, link).await,
-                None => match Frame::decode(frame) {
-                    Ok(frame) => deliver(frame, link).await,
+            Ok(Message::Binary(wire)) => match desk {
+                Some(desk) => desk.message(wire, link).await,
+                None => match Frame::decode(wire.clone()) {
+                    Ok(frame) => deliver(frame, wire, link).await,
                     Err(error) => {
                         link.0.metrics.frames_dropped.inc();
                         tracing::debug!(executor = %link.executor(), %error, "frame dropped");
@@ -514,7 +589,7 @@ where
 
 /// Hands a frame to its stream. The readers are the gateway's own clients, which never wait for anybody, so a full
 /// inbox means a moment's work; one that stays full is reset rather than allowed to hold up its neighbours.
-async fn deliver(frame: Frame, link: &LinkHandle) {
+async fn deliver(frame: Frame, wire: Bytes, link: &LinkHandle) {
     let (inbox, route) = {
         let routes = link.routes();
         let Some(route) = routes.streams.get(&frame.stream_id) else {
@@ -525,11 +600,11 @@ async fn deliver(frame: Frame, link: &LinkHandle) {
     };
     let Frame { stream_id, body } = frame;
     let ended = matches!(body, Body::Reset { .. });
-    let full = match inbox.try_send(body) {
+    let full = match inbox.try_send(Delivery { body, wire }) {
         Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => false,
-        Err(mpsc::error::TrySendError::Full(body)) => {
+        Err(mpsc::error::TrySendError::Full(delivery)) => {
             let wait = Duration::from_secs(link.0.settings.write_timeout_secs);
-            matches!(inbox.send_timeout(body, wait).await, Err(mpsc::error::SendTimeoutError::Timeout(_)))
+            matches!(inbox.send_timeout(delivery, wait).await, Err(mpsc::error::SendTimeoutError::Timeout(_)))
         }
     };
     if full {
@@ -655,4 +730,53 @@ where
         desk.outgoing.notify_one();
     }
     if written > 0 { socket.flush().await } else { Ok(()) }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::time::SystemTime;
+
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::store::Transport;
+
+    fn link() -> (LinkHandle, mpsc::Receiver<Bytes>) {
+        let registration = Registration {
+            id: "exr_1".parse().unwrap(),
+            executor: "exe_1".parse().unwrap(),
+            transport: Transport::Relay,
+            public_key: Vec::new(),
+            credential: [0; 32],
+            created_at: SystemTime::UNIX_EPOCH,
+        };
+        LinkHandle::new(registration, Arc::default(), Arc::default())
+    }
+
+    #[tokio::test]
+    async fn the_streams_of_a_workspace_end_with_its_right_and_no_others() {
+        let (link, mut outbox) = link();
+        let (ours, theirs) = ("ours".parse().unwrap(), "theirs".parse().unwrap());
+        let mut withdrawn = link.open_stream(&ours).unwrap();
+        let mut spared = link.open_stream(&ours).unwrap().ended_by_holder();
+        let mut other = link.open_stream(&theirs).unwrap();
+        let id = withdrawn.id().clone();
+        let heartbeat = Frame { stream_id: id.clone(), body: Body::Heartbeat };
+        deliver(heartbeat.clone(), Bytes::new(), &link).await;
+
+        link.end_workspace(&ours);
+
+        assert_eq!(withdrawn.receive().await, Ok(Body::Heartbeat), "it had arrived before");
+        assert_eq!(withdrawn.receive().await, Err(StreamEnd::Withdrawn));
+        assert_eq!(withdrawn.send(heartbeat.encode()).await, Err(StreamEnd::Withdrawn));
+        assert!(spared.receive().now_or_never().is_none() && other.receive().now_or_never().is_none());
+        assert_eq!(link.streams(), 2);
+        drop(withdrawn);
+        let reset = Frame::decode(outbox.try_recv().unwrap()).unwrap();
+        assert_eq!(reset, Frame { stream_id: id, body: Body::Reset { reason: "withdrawn".into() } });
+        assert!(outbox.try_recv().is_err(), "the executor is told once, and nothing of the others");
+        drop((spared, other));
+        assert_eq!(link.streams(), 0);
+    }
 }

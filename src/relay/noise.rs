@@ -18,6 +18,7 @@ use sha2::Digest;
 
 use crate::protocol::frame::StreamId;
 use crate::protocol::ids::{ExecutorId, RegistrationId};
+use crate::protocol::rest::KeyBytes;
 
 type Handshake = HybridHandshake<X25519, MlKem768, MlKem768, AesGcm, Sha256>;
 
@@ -80,6 +81,12 @@ impl GatewayIdentity {
         hash.update(dh.public.as_slice());
         hash.update(kem.public.as_slice());
         Ok(Self { key_digest: hash.finalize().into(), dh, kem })
+    }
+
+    /// The public keys.
+    pub fn public_key(&self) -> KeyBytes {
+        let mlkem768 = Box::new(self.kem.public.as_slice().try_into().expect("the length of such a key"));
+        KeyBytes { x25519: self.dh.public, mlkem768 }
     }
 
     /// SHA-256 of the public keys, which an authorization is bound to.

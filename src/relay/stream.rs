@@ -1,6 +1,8 @@
 //! The gateway's end of one stream on a link. Dropping it resets the stream, so that an executor never keeps a
 //! conversation nobody listens to.
 
+use std::sync::{Arc, OnceLock};
+
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
@@ -16,6 +18,18 @@ pub enum StreamEnd {
     /// The executor ended this stream; its reason is untrusted text and only logged.
     #[error("the executor reset the stream")]
     Reset,
+    /// The workspace may reach the executor no more.
+    #[error("the right to reach the executor was withdrawn")]
+    Withdrawn,
+}
+
+/// A frame that arrived: as read, and as it stood on the wire for those who only hand it on. Both share its bytes.
+#[derive(Debug)]
+pub struct Delivery {
+    /// What it says.
+    pub body: Body,
+    /// Its bytes.
+    pub wire: Bytes,
 }
 
 /// One conversation over a link; made only by `LinkHandle::open_stream`.
@@ -24,13 +38,28 @@ pub struct StreamHandle {
     id: StreamId,
     route: RouteId,
     link: LinkHandle,
-    inbox: mpsc::Receiver<Body>,
+    inbox: mpsc::Receiver<Delivery>,
+    /// Set when the link takes the route away, and has told the executor.
+    taken: Arc<OnceLock<StreamEnd>>,
     ended: Option<StreamEnd>,
 }
 
 impl StreamHandle {
-    pub(super) fn new(id: StreamId, route: RouteId, link: LinkHandle, inbox: mpsc::Receiver<Body>) -> Self {
-        Self { id, route, link, inbox, ended: None }
+    pub(super) fn new(
+        id: StreamId,
+        route: RouteId,
+        link: LinkHandle,
+        inbox: mpsc::Receiver<Delivery>,
+        taken: Arc<OnceLock<StreamEnd>>,
+    ) -> Self {
+        Self { id, route, link, inbox, taken, ended: None }
+    }
+
+    /// A stream that its holder ends when the workspace's right does, after what it has to say first.
+    #[must_use]
+    pub fn ended_by_holder(self) -> Self {
+        self.link.spare(&self.id, self.route);
+        self
     }
 
     /// Its id on the wire.
@@ -46,9 +75,13 @@ impl StreamHandle {
     /// Queues one encoded frame; waits while the link's outbox is full. Dropping the future queues nothing.
     ///
     /// # Errors
-    /// [`StreamEnd::Disconnected`] when the link is gone.
+    /// [`StreamEnd::Disconnected`] when the link is gone, [`StreamEnd::Withdrawn`] when the right is.
     pub async fn send(&self, frame: Bytes) -> Result<(), StreamEnd> {
-        self.link.send(frame).await
+        // A frame after our reset would be taken for the begin of another stream.
+        match self.taken.get() {
+            Some(end) => Err(*end),
+            None => self.link.send(frame).await,
+        }
     }
 
     /// The next body the executor sent on this stream, in the order of the wire. Cancelling loses nothing.
@@ -56,16 +89,24 @@ impl StreamHandle {
     /// # Errors
     /// [`StreamEnd`], on this and every later call.
     pub async fn receive(&mut self) -> Result<Body, StreamEnd> {
+        Ok(self.receive_frame().await?.body)
+    }
+
+    /// As [`Self::receive`], with the bytes of the frame.
+    ///
+    /// # Errors
+    /// [`StreamEnd`], on this and every later call.
+    pub async fn receive_frame(&mut self) -> Result<Delivery, StreamEnd> {
         if let Some(end) = self.ended {
             return Err(end);
         }
         match self.inbox.recv().await {
-            Some(Body::Reset { reason }) => {
+            Some(Delivery { body: Body::Reset { reason }, .. }) => {
                 tracing::debug!(stream = %self.id, %reason, "executor reset the stream");
                 Err(*self.ended.insert(StreamEnd::Reset))
             }
-            Some(body) => Ok(body),
-            None => Err(*self.ended.insert(StreamEnd::Disconnected)),
+            Some(delivery) => Ok(delivery),
+            None => Err(*self.ended.insert(self.taken.get().copied().unwrap_or(StreamEnd::Disconnected))),
         }
     }
 }
@@ -73,7 +114,7 @@ impl StreamHandle {
 impl Drop for StreamHandle {
     fn drop(&mut self) {
         self.link.release(&self.id, self.route);
-        if self.ended.is_none() {
+        if self.ended.is_none() && self.taken.get().is_none() {
             let reset = Frame { stream_id: self.id.clone(), body: Body::Reset { reason: "closed".into() } };
             self.link.send_detached(reset.encode());
         }

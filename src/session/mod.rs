@@ -9,9 +9,10 @@ mod process;
 mod quota;
 mod stdin;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -83,7 +84,7 @@ pub enum StdinMode {
 }
 
 /// Why a session is not there or cannot be started.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum SessionError {
     /// The workspace has no session of that id.
     #[error("no such session: {0}")]
@@ -99,10 +100,10 @@ pub enum SessionError {
     KeyConflict,
     /// The store does not answer.
     #[error("the session could not be stored")]
-    Store(#[from] StoreError),
+    Store(#[source] Arc<StoreError>),
     /// The session's directory cannot be used.
     #[error("the session's output cannot be stored")]
-    Disk(#[from] JournalError),
+    Disk(#[source] Arc<JournalError>),
     /// The executor refused to start the process; nothing ran.
     #[error("{0}")]
     NotStarted(String),
@@ -112,6 +113,18 @@ pub enum SessionError {
     /// The start is still under way.
     #[error("the executor has not answered the start yet")]
     StartPending,
+}
+
+impl From<StoreError> for SessionError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+impl From<JournalError> for SessionError {
+    fn from(error: JournalError) -> Self {
+        Self::Disk(error.into())
+    }
 }
 
 /// What callers see of a session's life.
@@ -329,6 +342,46 @@ impl Session {
     }
 }
 
+/// A start until it is in the table or refused; `None` before.
+type Entering = watch::Receiver<Option<Result<Arc<Session>, SessionError>>>;
+
+/// The starts under way that have a key, with the digest of what is asked for.
+type Starts = HashMap<(WorkspaceId, String), ([u8; 32], Entering)>;
+
+/// Takes a start out of those under way when it is in the table or refused, also by a panic.
+struct Landing {
+    sessions: Arc<Sessions>,
+    key: Option<(WorkspaceId, String)>,
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        if let Some(key) = &self.key {
+            self.sessions.lock_starts().remove(key);
+        }
+    }
+}
+
+/// A journal for a process that is about to start; in memory where the disk refuses one, since that must not stop the
+/// process.
+fn new_journal(path: &Path, limits: Limits) -> Result<Journal, JournalError> {
+    match Journal::create(path, FIRST_SEQ, limits) {
+        Err(JournalError::Disk(error)) => {
+            tracing::error!(%error, "output is kept in memory only: the disk failed");
+            Ok(Journal::in_memory(FIRST_SEQ, limits))
+        }
+        created => created,
+    }
+}
+
+/// Work on the disk, beside the runtime.
+async fn on_disk<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, JournalError> + Send + 'static,
+) -> Result<T, JournalError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(JournalError::Disk(std::io::Error::other(error))))
+}
+
 /// What the sessions of a gateway share.
 pub struct Sessions {
     settings: config::Sessions,
@@ -338,6 +391,8 @@ pub struct Sessions {
     auth: Auth,
     workspaces: Arc<Workspaces>,
     entries: DashMap<SessionId, Arc<Session>>,
+    /// Bounded by the calls that may be under way, and gone with their reservation.
+    starts: Mutex<Starts>,
     /// Places for sessions.
     session_places: Places,
     /// Places for live streams of their output.
@@ -370,6 +425,7 @@ impl Sessions {
             auth,
             workspaces,
             entries: DashMap::new(),
+            starts: Mutex::default(),
             session_places: Places::default(),
             stream_places: Places::default(),
             tasks: TaskTracker::new(),
@@ -404,17 +460,23 @@ impl Sessions {
     }
 
     async fn take_up(self: &Arc<Self>, row: SessionRow) -> Result<(), SessionError> {
-        let request = serde_json::from_str(&row.request).map_err(|error| JournalError::Disk(error.into()))?;
+        let request: StartRequest =
+            serde_json::from_str(&row.request).map_err(|error| JournalError::Disk(error.into()))?;
         let (path, limits) = (self.directory_of(&row.id), self.limits());
-        let opened = tokio::task::spawn_blocking(move || match Journal::open(&path, limits) {
-            // Reserved, and the gateway was gone before there was output; or nothing usable is left.
+        let (over, tty) = (row.state.is_final(), request.tty);
+        let journal = on_disk(move || match Journal::open(&path, limits) {
+            // Reserved, and the gateway was gone before there was output; or its output was kept in memory only.
             Err(JournalError::Missing) => {
                 Journal::remove(&path)?;
-                Journal::create(&path, FIRST_SEQ, limits)
+                let mut journal = new_journal(&path, limits)?;
+                if over {
+                    process::name_as_lost(&mut journal, tty)?;
+                }
+                Ok(journal)
             }
             journal => journal,
         });
-        let journal = opened.await.map_err(|error| JournalError::Disk(std::io::Error::other(error)))??;
+        let journal = journal.await?;
         // The bound may have been lowered since it was started.
         let Some(place) = self.session_places.take(&row.workspace, usize::MAX) else { return Ok(()) };
         self.enter(row, request, journal, place, None);
@@ -508,55 +570,86 @@ impl Sessions {
             pending_write: None,
             id,
         };
-        // The task that goes on when the caller leaves: from the reservation on, the start is carried through.
-        let sessions = self.clone();
-        let binding = binding.clone();
-        let entering = tokio::spawn(async move {
-            match sessions.store.reserve_session(row.clone()).await? {
-                Reserved::Known(known) => Ok::<_, SessionError>(Err(known)),
-                Reserved::New => {
-                    // After the reservation: of many starts under one key only the first takes a place.
-                    let places_max = sessions.settings.workspace_max;
-                    let place = sessions.session_places.take(&row.workspace, places_max);
-                    let created = place.ok_or(SessionError::TooMany(places_max)).and_then(|place| {
-                        let journal = Journal::create(&sessions.directory_of(&row.id), FIRST_SEQ, sessions.limits())?;
-                        Ok((place, journal))
-                    });
-                    let (place, journal) = match created {
-                        Ok(created) => created,
-                        Err(error) => {
-                            sessions.store.forget_session(&row.id).await?;
-                            return Err(error);
-                        }
-                    };
-                    Ok(Ok(sessions.enter(row, request, journal, place, Some(binding))))
-                }
+        let mut entering = self.entering(row, request, binding)?;
+        let session = match entering.wait_for(Option::is_some).await {
+            Ok(entered) => entered.clone().expect("waited until there is one")?,
+            Err(_) => return Err(SessionError::StartUnknown),
+        };
+        self.started(session, wait).await
+    }
+
+    /// Begins a start, or joins the one that is under way under the same key: who joins gets the session itself, whatever
+    /// becomes of it. The task goes on when the caller leaves: from the reservation on, the start is carried through.
+    fn entering(
+        self: &Arc<Self>,
+        row: SessionRow,
+        request: StartRequest,
+        binding: &Binding,
+    ) -> Result<Entering, SessionError> {
+        let (result, entering) = watch::channel(None);
+        let key = row.start_key.clone().map(|key| (row.workspace.clone(), key));
+        if let Some(key) = &key {
+            match self.lock_starts().entry(key.clone()) {
+                Entry::Occupied(start) if start.get().0 == row.request_digest => return Ok(start.get().1.clone()),
+                Entry::Occupied(_) => return Err(SessionError::KeyConflict),
+                Entry::Vacant(place) => _ = place.insert((row.request_digest, entering.clone())),
             }
+        }
+        let landing = Landing { sessions: self.clone(), key };
+        let binding = binding.clone();
+        tokio::spawn(async move {
+            let entered = landing.sessions.find_or_enter(row, request, binding).await;
+            drop(landing);
+            result.send_replace(Some(entered));
         });
-        let entered = entering.await.map_err(|_| SessionError::StartUnknown)??;
-        match entered {
-            Ok(session) => self.started(session, wait).await,
-            Err(known) => self.known(&known, &digest, wait).await,
+        Ok(entering)
+    }
+
+    /// The session that was started under the key before, else a new one.
+    async fn find_or_enter(
+        self: &Arc<Self>,
+        row: SessionRow,
+        request: StartRequest,
+        binding: Binding,
+    ) -> Result<Arc<Session>, SessionError> {
+        let known = match self.reserve(&row).await? {
+            Some(known) if self.entries.contains_key(&known.id) => Some(known),
+            // Forgotten at this moment: its row went before its entry, and the key is free.
+            Some(_) => self.reserve(&row).await?,
+            None => None,
+        };
+        if let Some(known) = known {
+            let session = self.entries.get(&known.id).map(|entry| entry.clone());
+            return session.ok_or_else(|| SessionError::Unknown(known.id.to_string()));
+        }
+        // After the reservation: a start that is found takes no place.
+        let places_max = self.settings.workspace_max;
+        let place = self.session_places.take(&row.workspace, places_max);
+        let created = async {
+            let place = place.ok_or(SessionError::TooMany(places_max))?;
+            let (path, limits) = (self.directory_of(&row.id), self.limits());
+            Ok((place, on_disk(move || new_journal(&path, limits)).await?))
+        };
+        match created.await {
+            Ok((place, journal)) => Ok(self.enter(row, request, journal, place, Some(binding))),
+            Err(error) => {
+                self.store.forget_session(&row.id).await?;
+                Err(error)
+            }
         }
     }
 
-    async fn known(
-        self: &Arc<Self>,
-        row: &SessionRow,
-        digest: &[u8; 32],
-        wait: Duration,
-    ) -> Result<Arc<Session>, SessionError> {
-        if row.request_digest != *digest {
-            return Err(SessionError::KeyConflict);
+    /// Reserves the row, or gives the one that has its key.
+    async fn reserve(&self, row: &SessionRow) -> Result<Option<SessionRow>, SessionError> {
+        match self.store.reserve_session(row.clone()).await? {
+            Reserved::New => Ok(None),
+            Reserved::Known(known) if known.request_digest == row.request_digest => Ok(Some(*known)),
+            Reserved::Known(_) => Err(SessionError::KeyConflict),
         }
-        // Reserved a moment ago by another call, whose entry follows.
-        for _ in 0..50 {
-            if let Some(session) = self.entries.get(&row.id).map(|entry| entry.clone()) {
-                return self.started(session, wait).await;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Err(SessionError::Unknown(row.id.to_string()))
+    }
+
+    fn lock_starts(&self) -> MutexGuard<'_, Starts> {
+        self.starts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn started(&self, session: Arc<Session>, wait: Duration) -> Result<Arc<Session>, SessionError> {

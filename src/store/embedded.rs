@@ -724,6 +724,7 @@ fn purpose_name(purpose: KeyPurpose) -> &'static str {
         KeyPurpose::Ticket => "ticket",
         KeyPurpose::Executor => "executor",
         KeyPurpose::Harness => "harness",
+        KeyPurpose::Resume => "resume",
     }
 }
 

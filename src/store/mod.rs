@@ -196,6 +196,8 @@ pub enum KeyPurpose {
     Executor,
     /// Authorizations of encrypted harnesses.
     Harness,
+    /// Names of executor sessions that harnesses are given.
+    Resume,
 }
 
 /// One secret of the gateway.

@@ -7,6 +7,7 @@ pub mod cache;
 pub mod pool;
 pub mod resolver;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::auth::cap_token::CapTokenRefused;
 use crate::auth::{Auth, Principal};
 use crate::config;
+use crate::protocol::frame::StreamId;
 use crate::protocol::ids::WorkspaceId;
 use crate::protocol::rpc::ExecutorSessionId;
 use crate::registry::Registry;
@@ -35,6 +37,8 @@ const LISTING_BYTES_MAX: usize = 256 * 1024;
 
 /// What all workspaces share.
 pub struct Corridor {
+    /// Where the gateway keeps its files.
+    pub state_dir: PathBuf,
     /// Durable state.
     pub store: Store,
     /// Who may do what.
@@ -61,6 +65,9 @@ pub enum ReachError {
     /// The link or the workspace's share of it is full.
     #[error("too many streams on this executor")]
     TooManyStreams,
+    /// The id that a harness chose for its stream is in use.
+    #[error("the stream id is taken")]
+    StreamTaken,
     /// The executor is connected and did not take the call.
     #[error("the executor of environment \"{environment}\" could not be reached")]
     Unreachable {
@@ -231,6 +238,28 @@ impl Workspace {
     /// # Errors
     /// [`ReachError`]; nothing has reached the executor then.
     pub async fn open_stream(&self, right: &Principal, binding: &Binding) -> Result<StreamHandle, ReachError> {
+        self.open(right, binding, None).await
+    }
+
+    /// The same under an id that the caller has chosen.
+    ///
+    /// # Errors
+    /// As [`Self::open_stream`], and [`ReachError::StreamTaken`] when the id is in use on the executor's link.
+    pub async fn open_stream_as(
+        &self,
+        right: &Principal,
+        binding: &Binding,
+        id: StreamId,
+    ) -> Result<StreamHandle, ReachError> {
+        self.open(right, binding, Some(id)).await
+    }
+
+    async fn open(
+        &self,
+        right: &Principal,
+        binding: &Binding,
+        id: Option<StreamId>,
+    ) -> Result<StreamHandle, ReachError> {
         if right.workspace() != &self.id || binding.workspace() != &self.id {
             return Err(ReachError::Refused(CapTokenRefused::Revoked));
         }
@@ -240,11 +269,16 @@ impl Workspace {
         loop {
             let found = self.corridor.registry.link_soon(binding, seen, wait).await;
             let link = found.map_err(|_| ReachError::NotConnected(binding.name().to_string()))?;
-            match link.open_stream(&self.id) {
+            let opened = match &id {
+                None => link.open_stream(&self.id),
+                Some(id) => link.open_stream_as(id.clone(), &self.id),
+            };
+            match opened {
                 Ok(stream) => return Ok(stream),
                 // The link ended between the two: its successor is waited for like any other.
                 Err(OpenError::Disconnected) => {}
-                Err(OpenError::TooManyStreams | OpenError::Taken) => return Err(ReachError::TooManyStreams),
+                Err(OpenError::TooManyStreams) => return Err(ReachError::TooManyStreams),
+                Err(OpenError::Taken) => return Err(ReachError::StreamTaken),
             }
         }
     }

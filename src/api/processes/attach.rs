@@ -11,9 +11,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{FutureExt, Sink, SinkExt, Stream, StreamExt};
 use hyper::body::Incoming;
-use hyper::header::AUTHORIZATION;
-use hyper::{HeaderMap, Request, Response};
-use serde::Deserialize;
+use hyper::{Request, Response};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
@@ -23,13 +22,12 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 use tokio_util::task::TaskTracker;
-use zeroize::Zeroizing;
 
 use super::live::{Cut, Follow, Live, Step};
-use super::{OutputQuery, StdinBody, TerminateBody, chunk, exit, lost, object};
+use super::{Chunk, OutputQuery, StdinBody, TerminateBody, exit, lost, object};
 use crate::api::error::ApiError;
-use crate::api::{Api, query_parameter};
-use crate::auth::{AuthError, bearer};
+use crate::api::{Api, credential};
+use crate::auth::AuthError;
 use crate::edge::body::Body;
 use crate::edge::upgrade::{self, SocketLimits};
 use crate::journal::Page;
@@ -74,13 +72,13 @@ enum End {
 
 /// `GET …/processes/{sid}/attach?since=N`
 pub async fn attach(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let text = request.uri().query().unwrap_or_default();
-    let query = OutputQuery::parse(api, text)?;
-    let live = Live::admit(api, id, &credential(request.headers(), text)?).await?;
+    let query = OutputQuery::parse(api, request.uri().query().unwrap_or_default())?;
+    let credential = credential::of_socket(&request)?;
+    let live = Live::admit(api, id, &credential.token).await?;
     upgrade::check(request.headers())?;
     let limits =
         SocketLimits { read_buffer_bytes: api.config.link.read_buffer_bytes, message_bytes_max: MESSAGE_BYTES_MAX };
-    let (response, socket) = upgrade::accept(request, limits);
+    let (response, socket) = upgrade::accept(request, credential.protocol, limits);
     let follow = Follow::new(live.session.clone(), query.since, query.tag);
     let attached = api.clone();
     api.sockets.spawn(async move {
@@ -89,14 +87,6 @@ pub async fn attach(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Res
         }
     });
     Ok(response)
-}
-
-/// The header's token, else that of the query: browsers cannot set headers on a WebSocket.
-fn credential(headers: &HeaderMap, query: &str) -> Result<Zeroizing<String>, AuthError> {
-    if headers.contains_key(AUTHORIZATION) {
-        return Ok(Zeroizing::new(bearer(headers)?.to_owned()));
-    }
-    query_parameter(query, "token").map(Zeroizing::new).ok_or(AuthError::MissingBearer)
 }
 
 /// What the loops of one socket share.
@@ -165,7 +155,8 @@ where
 
 fn farewell(cut: &Cut) -> End {
     match cut {
-        Cut::Revoked(_) => End::Farewell(CloseCode::Policy, "the token was revoked"),
+        Cut::Refused(AuthError::Expired) => End::Farewell(CloseCode::Policy, "the token has expired"),
+        Cut::Refused(_) => End::Farewell(CloseCode::Policy, "the token was revoked"),
         Cut::Draining => End::Farewell(CloseCode::Restart, "gateway restarts"),
         Cut::Forgotten => End::Farewell(CloseCode::Normal, "the session was forgotten"),
     }
@@ -350,23 +341,30 @@ impl Attached {
 }
 
 fn page_messages(page: &Page) -> Vec<Message> {
-    let hole = page.lost.iter().map(|hole| typed("lost", lost(hole)));
+    let hole = page.lost.iter().map(|hole| text(&typed("lost", lost(hole))));
     let records = page.records.iter().map(|record| {
         let name = if record.gap.is_some() { "gap" } else { "chunk" };
-        typed(name, chunk(record))
+        text(&typed(name, Chunk::from(record)))
     });
-    hole.chain(records).map(|message| text(&message)).collect()
+    hole.chain(records).collect()
 }
 
-fn typed(name: &str, mut message: Value) -> Value {
-    message["type"] = json!(name);
-    message
+/// A message with its name beside what it says.
+#[derive(Serialize)]
+struct Typed<T> {
+    #[serde(flatten)]
+    message: T,
+    r#type: &'static str,
+}
+
+fn typed<T>(name: &'static str, message: T) -> Typed<T> {
+    Typed { message, r#type: name }
 }
 
 fn error(error: &ApiError) -> Value {
     json!({ "type": "error", "code": error.code(), "message": error.message() })
 }
 
-fn text(message: &Value) -> Message {
-    Message::text(message.to_string())
+fn text(message: &impl Serialize) -> Message {
+    Message::text(serde_json::to_string(message).expect("what the API tells is plain data"))
 }

@@ -4,10 +4,9 @@
 //! Owned by the task or the body that feeds the caller. It holds one page at a time and reads the next only when asked,
 //! so a slow caller keeps nobody waiting but itself. It never writes to the session.
 
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 
+use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
@@ -29,16 +28,16 @@ pub(super) struct Live {
     /// Whether the caller may only look.
     pub(super) read_only: bool,
     /// Ready when the stream is to end before the session does.
-    pub(super) cut: Pin<Box<dyn Future<Output = Cut> + Send>>,
+    pub(super) cut: BoxFuture<'static, Cut>,
     /// Kept as long as the stream is open.
     pub(super) place: Place,
 }
 
 /// Why a stream ends before its session.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Cut {
-    /// The caller's right was taken away.
-    Revoked(AuthError),
+    /// The caller's right was taken away, or has come to its end.
+    Refused(AuthError),
     /// The gateway restarts; the caller comes back to the next one.
     Draining,
     /// The session was forgotten, with its output.
@@ -58,11 +57,12 @@ impl Live {
         let place = api.sessions.open_stream(principal.workspace())?;
         let cut = {
             let (bearer, session) = (Zeroizing::new(bearer.to_owned()), session.clone());
-            let draining = api.draining.clone();
+            let (caller, draining) = (principal.clone(), api.draining.clone());
             async move {
                 tokio::select! {
                     biased;
-                    refused = revocations.end_of(&bearer) => Cut::Revoked(refused),
+                    refused = revocations.end_of(&bearer) => Cut::Refused(refused),
+                    () = caller.expired() => Cut::Refused(AuthError::Expired),
                     () = session.forgotten() => Cut::Forgotten,
                     () = draining.cancelled_owned() => Cut::Draining,
                 }

@@ -1,0 +1,650 @@
+//! A harness's socket: which kind of harness it is, and what it and its executor say to each other.
+//!
+//! The task that serves the socket owns it. Frames of an encrypted harness are handed on as they are and cannot be read
+//! here; messages of a plain one are, but only what concerns executor sessions is changed (`gate`).
+
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use dashmap::DashMap;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout, timeout_at};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::{Error as SocketError, Message, Utf8Bytes};
+use tokio_util::sync::CancellationToken;
+
+use super::conversation::{Conversation, ConversationEnd, MessageReceiver, MessageSender};
+use super::gate::{self, Said};
+use super::spill::{Spill, SpillError};
+use super::stream::{StreamEnd, StreamHandle};
+use crate::config;
+use crate::protocol::endpoint::{Endpoint, EndpointError, EndpointLimits};
+use crate::protocol::frame::{Body, Data, Frame, StreamId};
+use crate::protocol::ids::WorkspaceId;
+use crate::protocol::rpc::{ALREADY_ATTACHED, ExecutorSessionId, INVALID_REQUEST};
+
+/// How long a peer may take to answer our close frame.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Messages written before the socket is flushed once.
+const WRITE_BATCH: usize = 32;
+
+/// Pause before a session is resumed again whose former stream the executor has not given up yet (about 40 ms,
+/// codex-exec-server.md §7.1), and for how long that is tried.
+const ATTACH_PAUSE: Duration = Duration::from_millis(50);
+const ATTACH_WAIT: Duration = Duration::from_secs(5);
+
+/// How a harness's socket ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HarnessEnd {
+    /// The harness closed its socket or is gone.
+    Peer,
+    /// The harness said nothing for too long.
+    Silent,
+    /// The harness broke the protocol; the text tells how.
+    Protocol(&'static str),
+    /// A message is too large.
+    TooLarge,
+    /// The executor's link is gone, or the right to it.
+    Disconnected,
+    /// The executor ended the stream.
+    Reset,
+    /// No stream to the executor was opened; the text tells why.
+    Unreachable(&'static str),
+    /// The gateway stops; the harness comes back to the next one.
+    Draining,
+    /// The right was taken away, or its credential has come to its end.
+    Refused,
+    /// The harness resumed its session on another socket.
+    Replaced,
+    /// The harness reads so slowly that what waits for it is too much.
+    Overrun,
+}
+
+impl HarnessEnd {
+    /// What the harness is told; `None` where there is nobody to tell.
+    fn farewell(self) -> Option<CloseFrame> {
+        let (code, reason) = match self {
+            Self::Peer | Self::Silent => return None,
+            Self::Protocol(reason) => (CloseCode::Protocol, reason),
+            Self::TooLarge => (CloseCode::Size, "the message is too large"),
+            Self::Disconnected => (CloseCode::Again, "the executor is gone"),
+            Self::Reset => (CloseCode::Error, "the executor ended the stream"),
+            Self::Unreachable(reason) => (CloseCode::Again, reason),
+            Self::Draining => (CloseCode::Restart, "gateway restarts"),
+            Self::Refused => (CloseCode::Policy, "the right to this executor has ended"),
+            Self::Replaced => (CloseCode::Normal, "resumed on another socket"),
+            Self::Overrun => (CloseCode::Policy, "the harness reads too slowly"),
+        };
+        Some(CloseFrame { code, reason: reason.into() })
+    }
+
+    /// Whether it was the executor's side that ended, while the harness still listens.
+    fn is_of_executor(self) -> bool {
+        matches!(self, Self::Disconnected | Self::Reset | Self::Unreachable(_))
+    }
+
+    /// For metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Peer => "peer",
+            Self::Silent => "silent",
+            Self::Protocol(_) => "protocol",
+            Self::TooLarge => "too_large",
+            Self::Disconnected => "disconnected",
+            Self::Reset => "reset",
+            Self::Unreachable(_) => "unreachable",
+            Self::Draining => "draining",
+            Self::Refused => "refused",
+            Self::Replaced => "replaced",
+            Self::Overrun => "overrun",
+        }
+    }
+}
+
+impl From<StreamEnd> for HarnessEnd {
+    fn from(end: StreamEnd) -> Self {
+        match end {
+            StreamEnd::Disconnected => Self::Disconnected,
+            StreamEnd::Withdrawn => Self::Refused,
+            StreamEnd::Reset => Self::Reset,
+        }
+    }
+}
+
+impl From<ConversationEnd> for HarnessEnd {
+    fn from(end: ConversationEnd) -> Self {
+        match end {
+            ConversationEnd::Stream(end) => end.into(),
+            // What the executor sent makes no sense: nothing of it is handed on.
+            ConversationEnd::Sequence(_) | ConversationEnd::Noise(_) | ConversationEnd::Message(_) => Self::Reset,
+        }
+    }
+}
+
+impl From<SpillError> for HarnessEnd {
+    fn from(_: SpillError) -> Self {
+        Self::Overrun
+    }
+}
+
+impl From<SocketError> for HarnessEnd {
+    fn from(_: SocketError) -> Self {
+        Self::Peer
+    }
+}
+
+impl From<EndpointError> for HarnessEnd {
+    fn from(error: EndpointError) -> Self {
+        match error {
+            EndpointError::MessageTooLarge { .. } => Self::TooLarge,
+            _ => Self::Protocol("frames do not follow each other"),
+        }
+    }
+}
+
+/// A harness by its first words.
+pub enum Flavour {
+    /// JSON-RPC messages, as to a local executor.
+    Messages(Framing, Bytes),
+    /// Encrypted frames of one stream, from the first to the handshake.
+    Encrypted(StreamId, Vec<Bytes>),
+}
+
+/// How a plain harness's messages stand in its socket.
+pub enum Framing {
+    /// Each is one message of the WebSocket.
+    Whole,
+    /// Each is the payload of a relay frame of this stream (connectors-api.md §2.5).
+    Frames {
+        /// The harness's own stream.
+        stream: StreamId,
+        /// What it sends, in order.
+        received: Endpoint,
+    },
+}
+
+/// What a harness and the gateway agreed on about executor sessions: names that open again on another socket.
+pub struct Names<'a> {
+    /// The name that a harness is given.
+    pub seal: &'a (dyn Fn(&ExecutorSessionId) -> String + Send + Sync),
+    /// The executor's own name behind it, if it was given to this harness's workspace.
+    pub open: &'a (dyn Fn(&str) -> Option<ExecutorSessionId> + Send + Sync),
+    /// Which sessions are in use on which socket.
+    pub attached: &'a AttachedSessions,
+}
+
+/// Which executor sessions plain harnesses use right now: one that is resumed ends the socket that had it before.
+#[derive(Default)]
+pub struct AttachedSessions {
+    sockets: DashMap<String, (u64, CancellationToken)>,
+    next: AtomicU64,
+}
+
+/// A socket's hold on a session.
+struct Hold<'a> {
+    sessions: &'a AttachedSessions,
+    session: String,
+    number: u64,
+    replaced: CancellationToken,
+}
+
+impl AttachedSessions {
+    fn hold(&self, session: &ExecutorSessionId) -> Hold<'_> {
+        let (session, number) = (session.reveal().to_owned(), self.next.fetch_add(1, Ordering::Relaxed));
+        let replaced = CancellationToken::new();
+        if let Some((_, former)) = self.sockets.insert(session.clone(), (number, replaced.clone())) {
+            former.cancel();
+        }
+        Hold { sessions: self, session, number, replaced }
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        self.sessions.sockets.remove_if(&self.session, |_, (number, _)| *number == self.number);
+    }
+}
+
+/// A harness's socket that was upgraded.
+pub struct HarnessSocket<S> {
+    sink: Sink<S>,
+    source: Source<S>,
+    heard: Heard,
+    /// What waits to be written to it.
+    outbox: Spill,
+}
+
+type Sink<S> = SplitSink<WebSocketStream<S>, Message>;
+
+/// When the harness was last heard.
+#[derive(Clone)]
+struct Heard(Arc<Mutex<Instant>>);
+
+impl Heard {
+    fn now(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    fn silence(&self) -> Duration {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+}
+
+/// The reading half of a socket.
+struct Source<S> {
+    stream: SplitStream<WebSocketStream<S>>,
+    heard: Heard,
+}
+
+/// What a harness says.
+enum Word {
+    Text(Bytes),
+    Binary(Bytes),
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Source<S> {
+    /// The next message of the harness.
+    async fn next(&mut self) -> Result<Word, HarnessEnd> {
+        while let Some(message) = self.stream.next().await {
+            self.heard.now();
+            match message {
+                Ok(Message::Text(text)) => return Ok(Word::Text(text.into())),
+                Ok(Message::Binary(bytes)) => return Ok(Word::Binary(bytes)),
+                Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
+                Err(SocketError::Capacity(_)) => return Err(HarnessEnd::TooLarge),
+                Ok(Message::Close(_)) | Err(_) => break,
+            }
+        }
+        Err(HarnessEnd::Peer)
+    }
+
+    /// The next JSON-RPC message of a plain harness.
+    async fn message(&mut self, framing: &mut Framing) -> Result<Bytes, HarnessEnd> {
+        loop {
+            let Framing::Frames { stream, received, .. } = framing else {
+                let (Word::Text(json) | Word::Binary(json)) = self.next().await?;
+                return Ok(json);
+            };
+            if let Some(json) = received.next() {
+                return Ok(json);
+            }
+            // Texts, and what does not decode or is of another stream, are for nobody.
+            let Word::Binary(wire) = self.next().await? else { continue };
+            match Frame::decode(wire).ok().filter(|frame| frame.stream_id == *stream).map(|frame| frame.body) {
+                Some(Body::Data(data)) => received.receive(data)?,
+                Some(Body::Reset { .. }) => return Err(HarnessEnd::Peer),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// How a message of the executor is written to the harness.
+enum Writing {
+    /// As a frame that is one already.
+    Frame,
+    /// As a text.
+    Text,
+    /// In a relay frame of this stream.
+    Data(StreamId, Endpoint),
+}
+
+impl Writing {
+    fn message(&mut self, bytes: Bytes) -> Result<Message, HarnessEnd> {
+        Ok(match self {
+            Self::Frame => Message::Binary(bytes),
+            Self::Text => Message::Text(Utf8Bytes::try_from(bytes).map_err(|_| HarnessEnd::Reset)?),
+            Self::Data(stream, endpoint) => {
+                let data = Data { seq: endpoint.next_seq()?, segment_index: 0, segment_count: 1, payload: bytes };
+                Message::Binary(Frame { stream_id: stream.clone(), body: Body::Data(data) }.encode())
+            }
+        })
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
+    /// A socket of which nothing was read yet. What a slow harness does not take waits in `outbox`.
+    pub fn new(socket: WebSocketStream<S>, outbox: Spill) -> Self {
+        let (sink, stream) = socket.split();
+        let heard = Heard(Arc::new(Mutex::new(Instant::now())));
+        Self { sink, source: Source { stream, heard: heard.clone() }, heard, outbox }
+    }
+
+    /// Reads until it is known what kind of harness this is.
+    ///
+    /// # Errors
+    /// [`HarnessEnd`] when it is none, or does not say in time.
+    pub async fn flavour(&mut self, wait: Duration, message_bytes_max: usize) -> Result<Flavour, HarnessEnd> {
+        let late = HarnessEnd::Protocol("first frame read failed");
+        timeout(wait, self.first_words(message_bytes_max)).await.unwrap_or(Err(late))
+    }
+
+    async fn first_words(&mut self, message_bytes_max: usize) -> Result<Flavour, HarnessEnd> {
+        let wire = match self.source.next().await? {
+            Word::Text(json) => return Ok(Flavour::Messages(Framing::Whole, json)),
+            // Executors take JSON in binary messages too, and no relay frame begins like an object.
+            Word::Binary(json) if json.trim_ascii_start().starts_with(b"{") => {
+                return Ok(Flavour::Messages(Framing::Whole, json));
+            }
+            Word::Binary(wire) => wire,
+        };
+        let Ok(frame) = Frame::decode(wire.clone()) else { return Err(HarnessEnd::Protocol("malformed first frame")) };
+        let stream = frame.stream_id.detached();
+        match frame.body {
+            Body::Handshake { .. } => return Ok(Flavour::Encrypted(stream, vec![wire])),
+            Body::Resume { .. } => {}
+            _ => return Err(HarnessEnd::Protocol("first frame must be Resume")),
+        }
+        let limits = EndpointLimits { message_bytes_max, ..EndpointLimits::default() };
+        let mut framing = Framing::Frames { stream: stream.clone(), received: Endpoint::new(limits) };
+        let Framing::Frames { received, .. } = &mut framing else { unreachable!("made above") };
+        loop {
+            let Word::Binary(next) = self.source.next().await? else { continue };
+            let frame = Frame::decode(next.clone()).ok().filter(|frame| frame.stream_id == stream);
+            match frame.map(|frame| frame.body) {
+                Some(Body::Handshake { .. }) => return Ok(Flavour::Encrypted(stream, vec![wire, next])),
+                Some(Body::Data(data)) => {
+                    received.receive(data)?;
+                    if let Some(json) = received.next() {
+                        return Ok(Flavour::Messages(framing, json));
+                    }
+                }
+                Some(Body::Reset { .. }) => return Err(HarnessEnd::Peer),
+                // What does not decode, or is of another stream, is for nobody.
+                _ => {}
+            }
+        }
+    }
+
+    /// Hands the frames of an encrypted harness to its stream and back, until either ends. Dropping the future resets
+    /// the stream.
+    pub async fn forward(
+        &mut self,
+        mut stream: StreamHandle,
+        first: Vec<Bytes>,
+        workspace: &WorkspaceId,
+        settings: &config::Link,
+    ) -> HarnessEnd {
+        let (id, link) = (stream.id().clone(), stream.link().clone());
+        let Self { sink, source, heard, outbox } = self;
+        let handshakes = link.handshakes().clone();
+        let wait = Duration::from_secs(settings.handshake_timeout_secs);
+        let turn = timeout(wait, handshakes.acquire_owned()).await;
+        let Ok(Ok(turn)) = turn else { return HarnessEnd::Unreachable("too many handshakes with this executor") };
+        let upwards = async {
+            for wire in first {
+                link.send(wire).await?;
+            }
+            loop {
+                let Word::Binary(wire) = source.next().await? else { continue };
+                if wire.len() > settings.frame_bytes_max {
+                    // It would end the executor's socket, and with it everybody else's streams.
+                    return Err(HarnessEnd::TooLarge);
+                }
+                let frame = Frame::decode(wire.clone()).ok().filter(|frame| frame.stream_id == id);
+                match frame.map(|frame| frame.body) {
+                    Some(Body::Reset { .. }) => return Err(HarnessEnd::Peer),
+                    // An executor answers a second handshake with a reset and keeps the stream.
+                    None | Some(Body::Handshake { .. }) => link.drop_frame(),
+                    Some(_) => link.send(wire).await?,
+                }
+            }
+        };
+        let downwards = async {
+            let shaken = timeout(wait, stream.receive_frame()).await;
+            drop(turn);
+            let mut delivery = match shaken {
+                Ok(Ok(delivery)) => delivery,
+                Ok(Err(StreamEnd::Reset)) => {
+                    link.handshake_failed(workspace);
+                    return Err(HarnessEnd::Reset);
+                }
+                Ok(Err(end)) => return Err(end.into()),
+                Err(_) => return Err(HarnessEnd::Unreachable("the executor did not complete the handshake")),
+            };
+            loop {
+                outbox.push(delivery.wire).await?;
+                delivery = stream.receive_frame().await?;
+            }
+        };
+        let mut writing = Writing::Frame;
+        let end = first_end(upwards, downwards, write(sink, outbox, &mut writing, heard, settings)).await;
+        if end.is_of_executor() {
+            let reset = Frame { stream_id: id, body: Body::Reset { reason: "the stream has ended".into() } };
+            flush(sink, outbox, &mut writing, Some(reset.encode())).await;
+        }
+        end
+    }
+
+    /// Carries the messages of a plain harness to its executor and back, until either ends. Dropping the future resets
+    /// the stream, and the executor keeps the session for its time.
+    pub async fn converse(
+        &mut self,
+        conversation: Conversation,
+        mut framing: Framing,
+        first: Bytes,
+        names: &Names<'_>,
+        settings: &config::Link,
+    ) -> HarnessEnd {
+        let Self { sink, source, heard, outbox } = self;
+        let Conversation { mut sender, mut receiver } = conversation;
+        let mut writing = match &framing {
+            Framing::Whole => Writing::Text,
+            Framing::Frames { stream, .. } => Writing::Data(stream.clone(), Endpoint::new(EndpointLimits::default())),
+        };
+        // As many as an executor takes without locking up, whatever the harness asks.
+        let slots = Semaphore::new(settings.requests_in_flight_max);
+        let talk = async {
+            let opening = open(&mut sender, &mut receiver, source, &mut framing, first, names, outbox, settings);
+            let hold = opening.await?;
+            let upwards = async {
+                loop {
+                    let json = source.message(&mut framing).await?;
+                    match gate::said(&json) {
+                        Said::Malformed => outbox.push(gate::malformed()).await?,
+                        Said::Initialize { .. } | Said::Request => {
+                            // Given back by the answer.
+                            slots.acquire().await.map_err(|_| HarnessEnd::Peer)?.forget();
+                            sender.send(&json).await?;
+                        }
+                        Said::Other => sender.send(&json).await?,
+                    }
+                }
+            };
+            let downwards = async {
+                loop {
+                    let json = receiver.next().await?;
+                    if gate::is_answer(&json) && slots.available_permits() < settings.requests_in_flight_max {
+                        slots.add_permits(1);
+                    }
+                    outbox.push(json).await?;
+                }
+            };
+            let replaced = async {
+                match &hold {
+                    Some(hold) => hold.replaced.cancelled().await,
+                    None => std::future::pending().await,
+                }
+                Err(HarnessEnd::Replaced)
+            };
+            Err::<(), HarnessEnd>(first_end(upwards, downwards, replaced).await)
+        };
+        let writes = write(sink, outbox, &mut writing, heard, settings);
+        let end = first_end(talk, std::future::pending(), writes).await;
+        if end.is_of_executor() {
+            flush(sink, outbox, &mut writing, None).await;
+        }
+        end
+    }
+
+    /// Tells the harness why its socket ends, and gives it a moment to take the farewell.
+    pub async fn close(mut self, end: HarnessEnd) {
+        let Some(frame) = end.farewell() else { return };
+        let goodbye = async {
+            if self.sink.send(Message::Close(Some(frame))).await.is_ok() {
+                // Closing with bytes unread resets the connection; the peer could miss our close frame.
+                while self.source.next().await.is_ok() {}
+            }
+        };
+        let _ = timeout(CLOSE_TIMEOUT, goodbye).await;
+    }
+}
+
+/// Brings a plain harness into an executor session, a new one or one that it had on another socket. Until then its
+/// requests are carried out one by one.
+#[expect(clippy::too_many_arguments, reason = "both halves of both ends are borrowed apart")]
+async fn open<'a, S: AsyncRead + AsyncWrite + Unpin>(
+    sender: &mut MessageSender,
+    receiver: &mut MessageReceiver,
+    source: &mut Source<S>,
+    framing: &mut Framing,
+    first: Bytes,
+    names: &Names<'a>,
+    outbox: &Spill,
+    settings: &config::Link,
+) -> Result<Option<Hold<'a>>, HarnessEnd> {
+    let answer_wait = Duration::from_secs(settings.answer_timeout_secs);
+    let mut said = first;
+    loop {
+        match gate::said(&said) {
+            Said::Malformed => outbox.push(gate::malformed()).await?,
+            Said::Other => sender.send(&said).await?,
+            Said::Request => {
+                sender.send(&said).await?;
+                let answer = answer(receiver, outbox, answer_wait).await?;
+                outbox.push(answer).await?;
+            }
+            Said::Initialize { id, resume } => {
+                let session = match resume.map(|name| ((names.open)(&name), name)) {
+                    None => None,
+                    Some((Some(session), _)) => Some(session),
+                    Some((None, name)) => {
+                        outbox.push(gate::error(&id, INVALID_REQUEST, &format!("unknown session id {name}"))).await?;
+                        said = source.message(framing).await?;
+                        continue;
+                    }
+                };
+                // Before the executor is asked: the socket that had the session may be dead and not know it.
+                let held = session.as_ref().map(|session| names.attached.hold(session));
+                let request = gate::initialize(&said, session.as_ref());
+                let until = Instant::now() + ATTACH_WAIT;
+                let reply = loop {
+                    sender.send(&request).await?;
+                    let reply = answer(receiver, outbox, answer_wait).await?;
+                    let attached = gate::error_code(&reply) == Some(ALREADY_ATTACHED);
+                    if !attached || session.is_none() || Instant::now() >= until {
+                        break reply;
+                    }
+                    sleep(ATTACH_PAUSE).await;
+                };
+                let Some((reply, session)) = gate::initialized(&reply, names.seal) else {
+                    outbox.push(reply).await?;
+                    said = source.message(framing).await?;
+                    continue;
+                };
+                outbox.push(reply).await?;
+                return Ok(held.or_else(|| Some(names.attached.hold(&session?))));
+            }
+        }
+        said = source.message(framing).await?;
+    }
+}
+
+/// The executor's next answer; what else it says goes to the harness.
+async fn answer(receiver: &mut MessageReceiver, outbox: &Spill, wait: Duration) -> Result<Bytes, HarnessEnd> {
+    let until = Instant::now() + wait;
+    loop {
+        let next = timeout_at(until, receiver.next()).await;
+        let json = next.map_err(|_| HarnessEnd::Unreachable("the executor does not answer"))??;
+        if gate::is_answer(&json) {
+            return Ok(json);
+        }
+        outbox.push(json).await?;
+    }
+}
+
+/// Runs three loops until one of them ends.
+async fn first_end(
+    one: impl Future<Output = Result<(), HarnessEnd>>,
+    two: impl Future<Output = Result<(), HarnessEnd>>,
+    three: impl Future<Output = Result<(), HarnessEnd>>,
+) -> HarnessEnd {
+    let (mut one, mut two, mut three) = (pin!(one), pin!(two), pin!(three));
+    let end = tokio::select! {
+        end = &mut one => end,
+        end = &mut two => end,
+        end = &mut three => end,
+    };
+    end.err().unwrap_or(HarnessEnd::Peer)
+}
+
+/// Writes to the harness what is queued, and pings it.
+async fn write<S: AsyncRead + AsyncWrite + Unpin>(
+    sink: &mut Sink<S>,
+    outbox: &Spill,
+    writing: &mut Writing,
+    heard: &Heard,
+    settings: &config::Link,
+) -> Result<(), HarnessEnd> {
+    let dead = Duration::from_secs(settings.dead_secs);
+    let ping_every = Duration::from_secs(settings.ping_secs);
+    let mut ping = interval_at(Instant::now() + ping_every, ping_every);
+    ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let written = tokio::select! {
+            biased;
+            _ = ping.tick() => {
+                if heard.silence() >= dead {
+                    return Err(HarnessEnd::Silent);
+                }
+                timeout(dead, async { Ok(sink.send(Message::Ping(Bytes::new())).await?) }).await
+            }
+            next = outbox.pop() => timeout(dead, write_batch(sink, next?, outbox, writing)).await,
+        };
+        written.unwrap_or(Err(HarnessEnd::Silent))?;
+    }
+}
+
+/// Writes one message and those that wait behind it in memory, then flushes once.
+async fn write_batch<S: AsyncRead + AsyncWrite + Unpin>(
+    sink: &mut Sink<S>,
+    first: Bytes,
+    outbox: &Spill,
+    writing: &mut Writing,
+) -> Result<(), HarnessEnd> {
+    sink.feed(writing.message(first)?).await?;
+    for _ in 1..WRITE_BATCH {
+        let Some(next) = outbox.try_pop()? else { break };
+        sink.feed(writing.message(next)?).await?;
+    }
+    Ok(sink.flush().await?)
+}
+
+/// Writes what is left after the executor's side has ended, for a moment.
+async fn flush<S: AsyncRead + AsyncWrite + Unpin>(
+    sink: &mut Sink<S>,
+    outbox: &Spill,
+    writing: &mut Writing,
+    last: Option<Bytes>,
+) {
+    let flushing = async {
+        while !outbox.is_empty() {
+            let next = outbox.pop().await?;
+            write_batch(sink, next, outbox, writing).await?;
+        }
+        if let Some(last) = last {
+            sink.send(Message::Binary(last)).await?;
+        }
+        Ok::<_, HarnessEnd>(())
+    };
+    let _ = timeout(CLOSE_TIMEOUT, flushing).await;
+}

@@ -1,0 +1,78 @@
+//! Harnesses of every kind on the bridge, with the real executor behind it.
+
+use serde_json::json;
+
+use crate::support::{Harness, MIB, Tongue, Workbench, eventually};
+
+const TONGUES: [Tongue; 3] = [Tongue::Json, Tongue::Frames, Tongue::Encrypted];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_kind_of_harness_runs_commands_and_reads_files() {
+    let bench = Workbench::start().await;
+    std::fs::write(bench.file("note"), "written before").unwrap();
+    for tongue in TONGUES {
+        let (mut harness, _) = Harness::initialized(&bench.caller, &bench.credentials.executor, tongue).await;
+        assert_eq!(harness.run("p1", "echo hello; exit 3").await, ("hello\n".into(), 3), "{tongue:?}");
+        let path = format!("file://{}", bench.file("note").display());
+        let read = harness.call("fs/readFile", json!({ "path": path })).await.unwrap();
+        assert_eq!(read["dataBase64"], "d3JpdHRlbiBiZWZvcmU=", "{tongue:?}");
+        let refused = harness.call("fs/readFile", json!({ "path": "file:///nope" })).await.unwrap_err();
+        assert_eq!(refused["code"], -32004);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plain_harness_resumes_its_session_on_another_socket() {
+    let bench = Workbench::start().await;
+    let executor = &bench.credentials.executor;
+    for tongue in [Tongue::Json, Tongue::Frames] {
+        let (mut first, session) = Harness::initialized(&bench.caller, executor, tongue).await;
+        let go = bench.file(&format!("go-{tongue:?}"));
+        let command = format!("echo one; while [ ! -e {} ]; do sleep 0.02; done; echo two", go.display());
+        first.start("p1", &command).await;
+        // The first socket still lives: its harness may be gone without a word.
+        let mut second = Harness::open(&bench.caller, executor, tongue).await;
+        let resumed = second.initialize(Some(&session)).await.unwrap();
+        assert_ne!(resumed, "", "{tongue:?}");
+        std::fs::write(&go, "").unwrap();
+        let (printed, code) = second.finished("p1").await;
+        assert!(String::from_utf8(printed).unwrap().ends_with("two\n"));
+        assert_eq!(code, 0);
+        assert_eq!(&*first.farewell().await.unwrap().reason, "resumed on another socket");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_that_reads_later_gets_all_of_it_and_its_neighbours_wait_for_nothing() {
+    let bench = Workbench::start().await;
+    let executor = &bench.credentials.executor;
+    for tongue in TONGUES {
+        let (mut late, _) = Harness::initialized(&bench.caller, executor, tongue).await;
+        let printed = bench.file(&format!("printed-{tongue:?}"));
+        let command = format!("head -c {} /dev/zero | tr '\\0' x; touch {}", 24 * MIB, printed.display());
+        late.start("p1", &command).await;
+        let (mut neighbour, _) = Harness::initialized(&bench.caller, executor, tongue).await;
+        // The executor would not get rid of the output if the gateway did not take it.
+        eventually("all of it is printed", async || printed.exists().then_some(())).await;
+        assert_eq!(neighbour.run("p1", "echo quick").await.0, "quick\n");
+        let (bytes, code) = late.finished("p1").await;
+        assert!(bytes.len() == 24 * MIB && bytes.iter().all(|byte| *byte == b'x') && code == 0, "{tongue:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_that_never_reads_is_left_behind_alone() {
+    let bench = Workbench::with(|config| config.link.spill_bytes_max = 4 * MIB as u64).await;
+    let executor = &bench.credentials.executor;
+    for tongue in TONGUES {
+        let (mut stopped, _) = Harness::initialized(&bench.caller, executor, tongue).await;
+        let (mut neighbour, _) = Harness::initialized(&bench.caller, executor, tongue).await;
+        stopped.start("p1", "yes").await;
+        let metrics = &bench.gateway.gateway.api().metrics;
+        let before = metrics.spill_overruns.get();
+        eventually("it is left behind", async || (metrics.spill_overruns.get() > before).then_some(())).await;
+        assert_eq!(neighbour.run("p1", "echo quick").await.0, "quick\n");
+        let farewell = stopped.farewell().await;
+        assert_eq!(&*farewell.expect("a farewell").reason, "the harness reads too slowly", "{tongue:?}");
+    }
+}

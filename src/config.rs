@@ -186,7 +186,7 @@ config! {
         workspace_streams_max: usize = 80 => 1..=128,
         /// Handshakes under way on one executor's socket; executors hold 32.
         handshakes_pending_max: usize = 16 => 1..=32,
-        /// Requests under way on one stream; further ones wait. Executors deadlock at about 500.
+        /// Requests under way on one stream, and on the whole socket of an executor without relay frames; further ones wait. Executors deadlock at about 500.
         requests_in_flight_max: usize = 64 => 1..=64,
         /// Frames waiting to be written to one executor; senders wait their turn.
         outbox_frames_max: usize = 64 => 1..=65_536,
@@ -200,6 +200,10 @@ config! {
         frame_bytes_max: usize = 256 * 1024 => 4096..=262_144,
         /// Size of one JSON-RPC message, in bytes; executors take 67108864.
         message_bytes_max: usize = 64 * 1024 * 1024 => 4096..=67_108_864,
+        /// Size of one frame from an executor without relay frames, in bytes: such executors send a whole answer in one.
+        json_frame_bytes_max: usize = 96 * 1024 * 1024 => 65_536..=1024 * 1024 * 1024,
+        /// Sessions of callers on such an executor, those included that wait to be taken up again.
+        sessions_max: usize = 512 => 1..=65_536,
         /// Read buffer of one executor's socket, in bytes.
         read_buffer_bytes: usize = 4096 => 512..=1024 * 1024,
         /// Registrations remembered for one executor; the oldest are forgotten.

@@ -10,6 +10,7 @@ mod codex_harness;
 mod compat;
 mod endure;
 mod files;
+mod flavours;
 mod harness;
 mod limits;
 mod links;

@@ -133,6 +133,7 @@ impl Api {
             Route::ProcessTerminate => processes::terminate(&self, &parameter, request).await,
             Route::RegisterCodex => executor::register(&self, executor::Door::Codex, &parameter, request).await,
             Route::RegisterAgentx => executor::register(&self, executor::Door::Agentx, &parameter, request).await,
+            Route::RegisterDirect => executor::register(&self, executor::Door::Direct, &parameter, request).await,
             Route::Validate => executor::validate(&self, &parameter, request).await,
             Route::Connect => harness::connect(&self, &parameter, request).await,
             Route::Connected => compat::connected(&self, request).await,

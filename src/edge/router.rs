@@ -30,6 +30,8 @@ pub enum Route {
     RegisterCodex,
     /// An executor registers: agentx.
     RegisterAgentx,
+    /// An executor registers: codex on its direct transport.
+    RegisterDirect,
     /// An executor asks whether to trust a harness.
     Validate,
     /// A harness asks for the way to an encrypted executor.
@@ -91,6 +93,7 @@ impl Route {
             | Self::ProcessTerminate
             | Self::RegisterCodex
             | Self::RegisterAgentx
+            | Self::RegisterDirect
             | Self::Validate
             | Self::Connect => Envelope::Json,
         }
@@ -131,6 +134,7 @@ impl Router {
         add(Method::POST, "/cloud/environment/{id}/register", Route::RegisterCodex);
         add(Method::POST, "/cloud/executor/{id}/register", Route::RegisterCodex);
         add(Method::POST, "/agentx/environment/{id}/register", Route::RegisterAgentx);
+        add(Method::POST, "/cloud/environment/{id}/direct/register", Route::RegisterDirect);
         add(Method::POST, "/cloud/environment/{id}/validate", Route::Validate);
         add(Method::POST, "/cloud/executor/{id}/validate", Route::Validate);
         add(Method::POST, "/cloud/environment/{id}/connect", Route::Connect);

@@ -20,7 +20,7 @@ use crate::protocol::rpc::{
 };
 
 /// How the gateway introduces itself.
-const CLIENT_NAME: &str = "exec-gateway";
+pub(super) const CLIENT_NAME: &str = "exec-gateway";
 
 /// Messages waiting to be encrypted; each caller has at most one here, and callers are bounded by
 /// `link.requests_in_flight_max`.
@@ -35,6 +35,9 @@ const FILE_HANDLES_MAX: usize = 64;
 /// How long a process may be only being started, and the pause before it is asked for again.
 const STARTING_WAIT: Duration = Duration::from_secs(10);
 const STARTING_PAUSE: Duration = Duration::from_millis(20);
+
+/// File handles where a connection is shared and each caller has 32.
+const SHARED_FILE_HANDLES_MAX: usize = 16;
 
 /// Why an executor could not be reached over a new stream; nothing has run on it then.
 #[derive(Debug, thiserror::Error)]
@@ -161,13 +164,15 @@ impl Client {
         resume: Option<ExecutorSessionId>,
         stop: CancellationToken,
     ) -> Result<Self, CallError> {
-        let settings = conversation.sender.link().settings();
+        let link = conversation.sender.link();
+        let (settings, transport) = (link.settings(), link.registration().transport);
+        let handles = if transport.is_shared() { SHARED_FILE_HANDLES_MAX } else { FILE_HANDLES_MAX };
         let (outgoing, messages) = mpsc::channel(OUTGOING_MAX);
         let shared = Arc::new(Shared {
             calls: Mutex::default(),
             processes: Mutex::default(),
             in_flight: Arc::new(Semaphore::new(settings.requests_in_flight_max)),
-            file_handles: Arc::new(Semaphore::new(FILE_HANDLES_MAX)),
+            file_handles: Arc::new(Semaphore::new(handles)),
             answer_timeout: Duration::from_secs(settings.answer_timeout_secs),
             stop,
             ended: CancellationToken::new(),

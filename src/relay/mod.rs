@@ -7,10 +7,14 @@
 pub mod client;
 pub mod conversation;
 mod gate;
+pub mod greeting;
 pub mod harness;
 pub mod link;
 pub mod noise;
 pub mod process_events;
 pub mod process_tree;
+pub mod shared;
+#[cfg(test)]
+mod shared_tests;
 pub mod spill;
 pub mod stream;

@@ -108,6 +108,12 @@ const MIGRATIONS: &[&str] = &[
 ",
     "
     ALTER TABLE sessions ADD COLUMN exit_seq INTEGER;
+    ",
+    "
+    CREATE TABLE shared_sessions (
+        executor TEXT PRIMARY KEY REFERENCES executors (id) ON DELETE CASCADE,
+        session TEXT NOT NULL
+    ) STRICT;
 ",
 ];
 

@@ -17,6 +17,7 @@ use super::{
     Binding, Executor, GatewayKey, KeyPurpose, Keyring, Registration, Revocation, RevocationScope, StoreError, Token,
     Transport, database,
 };
+use crate::config::Secret;
 
 /// Questions that wait for the thread; further callers wait for a place.
 const QUEUE_JOBS_MAX: usize = 1024;
@@ -277,6 +278,34 @@ impl Store {
                 params![executor.as_str(), count(keep.max(1))],
             )?;
             Ok(())
+        })
+        .await
+    }
+
+    /// Stores the right to resume the session that an executor's socket carries for all its callers.
+    ///
+    /// # Errors
+    /// `NotFound` if there is no such executor.
+    pub async fn save_shared_session(&self, executor: &ExecutorId, session: Secret) -> Result<(), StoreError> {
+        let executor = executor.clone();
+        self.write(move |tx| {
+            must_exist(tx, &executor)?;
+            let sql = "INSERT OR REPLACE INTO shared_sessions (executor, session) VALUES (?, ?)";
+            tx.execute(sql, [executor.as_str(), session.expose()])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// What [`Self::save_shared_session`] has stored.
+    ///
+    /// # Errors
+    /// None of its own.
+    pub async fn shared_session(&self, executor: &ExecutorId) -> Result<Option<Secret>, StoreError> {
+        let executor = executor.clone();
+        self.read(move |db| {
+            let sql = "SELECT session FROM shared_sessions WHERE executor = ?";
+            one(db, sql, [executor.as_str()], |row| Ok(Secret::new(row.get(0)?)))
         })
         .await
     }

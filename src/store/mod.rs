@@ -119,6 +119,18 @@ pub enum Transport {
     Agentx,
 }
 
+impl Transport {
+    /// Whether all callers share the one JSON-RPC session of the socket: there are no relay frames on it.
+    pub fn is_shared(self) -> bool {
+        matches!(self, Self::Direct | Self::Agentx)
+    }
+
+    /// Whether its executors can be told to come again while another process has their place.
+    pub fn waits_for_its_place(self) -> bool {
+        matches!(self, Self::Noise | Self::Relay)
+    }
+}
+
 /// What `register` stored before it answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registration {

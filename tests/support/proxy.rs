@@ -68,10 +68,7 @@ impl Proxy {
                             };
                             let ((from_executor, to_executor), (from_gateway, to_gateway)) =
                                 (executor.into_split(), gateway.into_split());
-                            tokio::join!(
-                                proxy.copy(from_executor, to_gateway),
-                                proxy.copy(from_gateway, to_executor),
-                            );
+                            tokio::join!(proxy.copy(from_executor, to_gateway), proxy.copy(from_gateway, to_executor),);
                         };
                         tokio::select! {
                             () = forward => {}

@@ -67,8 +67,8 @@ enum Held {
     Store(StoreError),
     /// Another process of this executor is connected.
     Occupied,
-    /// The same, to an executor that knows no answer after which it would wait.
-    Replaces,
+    /// The same, for an executor that would not wait on any answer.
+    Conflict,
 }
 
 /// A request that the executor waits for.
@@ -131,7 +131,7 @@ impl Held {
                 ApiError::new(503, "registration_conflict", "another process of this executor is connected")
                     .retry_after(5)
             }
-            Self::Replaces => {
+            Self::Conflict => {
                 ApiError::new(409, "registration_conflict", "another process of this executor is connected")
             }
         }
@@ -197,8 +197,12 @@ async fn store_registration(
     let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
     if !api.corridor.registry.yields_to(executor, known.as_ref(), takeover_wait).await {
         // Only an encrypted executor can be told to wait.
-        let waits = wanted.transport.waits_for_its_place();
-        return Err(if waits { Attempt::Final(Held::Occupied.as_error()) } else { Attempt::Again(Held::Replaces) });
+        return Err(match wanted.transport {
+            // It alone can be told to wait.
+            Transport::Noise => Attempt::Final(Held::Occupied.as_error()),
+            Transport::Relay => Attempt::Again(Held::Occupied),
+            Transport::Direct | Transport::Agentx => Attempt::Again(Held::Conflict),
+        });
     }
     let registration = Registration {
         id: known.unwrap_or_else(new_registration_id),
@@ -461,11 +465,11 @@ async fn serve_link(
     }
     let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
     while !registry.yields_to(&executor, Some(&registration.id), takeover_wait).await {
-        if transport.waits_for_its_place() {
+        if !transport.is_shared() {
             // 5xx: it dials the same URL again (codex-exec-server.md §2.5).
             return Err(Held::Occupied.as_error());
         }
-        hold.attempt(async { Err::<(), _>(Attempt::Again(Held::Replaces)) }).await?;
+        hold.attempt(async { Err::<(), _>(Attempt::Again(Held::Conflict)) }).await?;
     }
     let link = &api.corridor.link;
     let message_bytes_max = if transport.is_shared() { link.json_frame_bytes_max } else { link.frame_bytes_max };

@@ -977,8 +977,10 @@ impl Shared {
             self.waiting_bytes -= request.json.len();
             match request.kind {
                 Kind::Start { session, name } => {
-                    let sent = |request: &InFlight| matches!(&request.kind, Kind::Start { session: of, name: other } if *of == session && *other == name);
-                    let under_way = self.in_flight.values().any(sent);
+                    let under_way = self.in_flight.values().any(|request| match &request.kind {
+                        Kind::Start { session: of, name: started } => *of == session && *started == name,
+                        _ => false,
+                    });
                     if let Some(session) = self.sessions.get_mut(&session)
                         && !under_way
                         && session.processes.get(&name) == Some(&false)

@@ -51,7 +51,8 @@ impl Rig {
     /// A stream in a new session, or in the one to resume; gives the answer to `initialize`.
     fn initialize(&mut self, stream: &str, workspace: &str, resume: Option<&str>) -> Value {
         self.open(stream, workspace);
-        self.say(stream, &json!({ "id": "init", "method": "initialize", "params": { "clientName": "c", "resumeSessionId": resume } }));
+        let params = json!({ "clientName": "c", "resumeSessionId": resume });
+        self.say(stream, &json!({ "id": "init", "method": "initialize", "params": params }));
         let answer = self.hear(stream).pop().unwrap();
         assert_eq!(answer["id"], "init");
         if answer["error"].is_null() {
@@ -150,7 +151,8 @@ fn start(process: &str) -> Value {
 }
 
 fn output(process: &Value, chunk: &str) -> Value {
-    json!({ "method": "process/output", "params": { "processId": process, "seq": 1, "stream": "stdout", "chunk": chunk } })
+    let params = json!({ "processId": process, "seq": 1, "stream": "stdout", "chunk": chunk });
+    json!({ "method": "process/output", "params": params })
 }
 
 /// As executors write it: the members in their order.
@@ -409,7 +411,8 @@ fn requests_take_turns_by_workspace_and_are_bounded_on_the_socket() {
     }
     for stream in ["a1", "a2", "b"] {
         for number in 0..4 {
-            rig.say(stream, &json!({ "id": format!("{stream}-{number}"), "method": "environment/status", "params": { "s": stream } }));
+            let (id, params) = (format!("{stream}-{number}"), json!({ "s": stream }));
+            rig.say(stream, &json!({ "id": id, "method": "environment/status", "params": params }));
         }
     }
     let mut order = Vec::new();
@@ -629,7 +632,8 @@ impl Machine {
         let name = request["params"]["processId"].as_str().unwrap().to_owned();
         match request["method"].as_str().unwrap() {
             "process/start" if self.processes.contains_key(&name) || self.over.contains(&name) => {
-                json!({ "error": { "code": -32600, "message": format!("process {name} already exists") }, "id": request["id"] })
+                let message = format!("process {name} already exists");
+                json!({ "error": { "code": -32600, "message": message }, "id": request["id"] })
             }
             "process/start" => {
                 self.processes.insert(name.clone(), request["params"]["argv"][0].as_str().unwrap().to_owned());
@@ -694,8 +698,9 @@ proptest! {
                         let id = format!("r{requests}");
                         waiting.insert(id.clone(), stream.clone());
                         let process = format!("p{process}");
+                        let mark = format!("{session}/{process}");
                         let (method, params) = match step {
-                            Step::Start(..) => ("process/start", json!({ "processId": process, "argv": [format!("{session}/{process}")] })),
+                            Step::Start(..) => ("process/start", json!({ "processId": process, "argv": [mark] })),
                             _ => ("process/terminate", json!({ "processId": process })),
                         };
                         rig.say(&stream, &json!({ "id": id, "method": method, "params": params }));
@@ -725,7 +730,8 @@ proptest! {
                         } else {
                             machine.processes.remove(&name);
                             machine.over.push(name.clone());
-                            rig.executor(&json!({ "method": "process/closed", "params": { "processId": name, "seq": 9, "mark": mark } }));
+                            let params = json!({ "processId": name, "seq": 9, "mark": mark });
+                            rig.executor(&json!({ "method": "process/closed", "params": params }));
                         }
                     }
                 }

@@ -124,11 +124,6 @@ impl Transport {
     pub fn is_shared(self) -> bool {
         matches!(self, Self::Direct | Self::Agentx)
     }
-
-    /// Whether its executors can be told to come again while another process has their place.
-    pub fn waits_for_its_place(self) -> bool {
-        matches!(self, Self::Noise | Self::Relay)
-    }
 }
 
 /// What `register` stored before it answered.

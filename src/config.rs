@@ -224,6 +224,8 @@ config! {
         timeout_secs: u64 = 60 => 1..=86_400,
         /// Longest time a call may ask for, in seconds.
         timeout_max_secs: u64 = 3600 => 1..=86_400,
+        /// Time that a call waits for its executor to come back after the loss of its link, in seconds.
+        relink_wait_secs: u64 = 25 => 1..=3600,
         /// Bytes of output, or of a file, that one call returns.
         output_bytes_max: usize = 32 * 1024 * 1024 => 1..=64 * 1024 * 1024,
         /// Time after which a call still running sends its status and then spaces, in seconds; the Python client gives up after 30 s of silence.

@@ -4,7 +4,9 @@
 mod support;
 
 mod attach;
+mod bridge_faults;
 mod cli;
+mod codex_harness;
 mod compat;
 mod endure;
 mod files;
@@ -12,6 +14,7 @@ mod harness;
 mod limits;
 mod links;
 mod registration;
+mod relink;
 mod rest;
 mod restart;
 mod sessions;

@@ -61,6 +61,12 @@ impl ApiError {
         self
     }
 
+    /// The same in other words, where callers know them.
+    pub fn in_words(mut self, message: &str) -> Self {
+        message.clone_into(&mut self.message);
+        self
+    }
+
     /// Adds a header to the answer.
     pub fn with_header(mut self, name: HeaderName, value: HeaderValue) -> Self {
         self.headers.push((name, value));

@@ -106,6 +106,9 @@ const MIGRATIONS: &[&str] = &[
     ) STRICT;
     CREATE INDEX sessions_workspace ON sessions (workspace, seq);
 ",
+    "
+    ALTER TABLE sessions ADD COLUMN exit_seq INTEGER;
+",
 ];
 
 /// Opens the store of a state directory at the present version, and makes directory and file if there are none.

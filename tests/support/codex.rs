@@ -25,6 +25,31 @@ pub fn program() -> PathBuf {
     program
 }
 
+/// The program with these arguments, a home of its own and nothing of this process's variables.
+pub fn process(home: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program());
+    command
+        .args(arguments)
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .env("HOME", home)
+        .env("CODEX_HOME", home)
+        .env("NO_PROXY", "127.0.0.1,localhost")
+        .current_dir(home)
+        .stderr(if std::env::var_os("EXECUTOR_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
+        // Its own process group: the launcher has a native child, and both must end with the test.
+        .process_group(0)
+        .kill_on_drop(true);
+    command
+}
+
+/// Kills launcher and program at once.
+pub fn kill_group(child: &Child) {
+    if let Some(pid) = child.id() {
+        let _ = std::process::Command::new("kill").args(["-KILL", "--", &format!("-{pid}")]).status();
+    }
+}
+
 impl CodexExecutor {
     /// Starts an executor that registers at the gateway of this base URL.
     pub async fn start(url: &str, credentials: &Credentials) -> Self {
@@ -34,22 +59,9 @@ impl CodexExecutor {
     /// Starts an executor whose command line, variables or directory are changed before; the path is its home.
     pub async fn start_with(url: &str, credentials: &Credentials, change: impl FnOnce(&mut Command, &Path)) -> Self {
         let home = Scratch::new();
-        let mut command = Command::new(program());
-        // Its own process group: the launcher has a native child, and both must end with the test.
-        command
-            .args(["exec-server", "--remote", url, "--environment-id", &credentials.executor])
-            .arg("--registration-bearer-stdin")
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("HOME", home.path())
-            .env("CODEX_HOME", home.path())
-            .env("NO_PROXY", "127.0.0.1,localhost")
-            .current_dir(home.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(if std::env::var_os("EXECUTOR_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
-            .process_group(0)
-            .kill_on_drop(true);
+        let remote = ["exec-server", "--remote", url, "--environment-id", &credentials.executor];
+        let mut command = process(home.path(), &[&remote[..], &["--registration-bearer-stdin"]].concat());
+        command.stdin(Stdio::piped()).stdout(Stdio::null());
         change(&mut command, home.path());
         let mut child = command.spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
@@ -89,9 +101,7 @@ impl CodexExecutor {
 
     /// Kills launcher and executor at once.
     pub fn kill(&self) {
-        if let Some(pid) = self.child.id() {
-            let _ = std::process::Command::new("kill").args(["-KILL", "--", &format!("-{pid}")]).status();
-        }
+        kill_group(&self.child);
     }
 }
 

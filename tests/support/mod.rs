@@ -3,11 +3,13 @@
 // Tests and benches each use a part of this.
 #![allow(dead_code)]
 
+pub mod app_server;
 pub mod caller;
 pub mod codex;
 pub mod fake_executor;
 pub mod gateway;
 pub mod harness;
+pub mod model;
 pub mod proxy;
 pub mod upstream;
 pub mod wire;
@@ -15,11 +17,13 @@ pub mod wire;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use app_server::{AppServer, Route};
 pub use caller::{Answer, Caller};
 pub use codex::{CodexExecutor, Marker, Workbench};
 pub use fake_executor::{FakeExecutor, FakeLink, Reply};
 pub use gateway::{Credentials, DaemonProcess, TestGateway};
 pub use harness::{Harness, Tongue};
+pub use model::Model;
 pub use proxy::Proxy;
 pub use upstream::{Upstream, Verdict};
 pub use wire::Wire;

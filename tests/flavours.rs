@@ -20,34 +20,35 @@ use crate::support::{
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Flavour {
+pub enum Flavour {
+    Encrypted,
     Direct,
     Agentx,
     Relay,
 }
 
-const ALL: [Flavour; 3] = [Flavour::Direct, Flavour::Agentx, Flavour::Relay];
+const UNENCRYPTED: [Flavour; 3] = [Flavour::Direct, Flavour::Agentx, Flavour::Relay];
 
 /// Keeps an executor running, whatever is between it and the gateway.
-enum Executor {
-    Direct(CodexExecutor),
+pub enum Executor {
+    Stock(CodexExecutor),
     Adapter(Adapter),
 }
 
 impl Executor {
-    async fn start(flavour: Flavour, address: SocketAddr, credentials: &Credentials) -> Self {
+    pub async fn start(flavour: Flavour, address: SocketAddr, credentials: &Credentials) -> Self {
+        let url = format!("http://{address}");
         match flavour {
-            Flavour::Direct => {
-                Self::Direct(CodexExecutor::start_direct(&format!("http://{address}"), credentials, |_| {}))
-            }
+            Flavour::Encrypted => Self::Stock(CodexExecutor::start(&url, credentials).await),
+            Flavour::Direct => Self::Stock(CodexExecutor::start_direct(&url, credentials, |_| {})),
             Flavour::Agentx => Self::Adapter(Adapter::start(address, credentials, Make::Agentx).await),
             Flavour::Relay => Self::Adapter(Adapter::start(address, credentials, Make::Relay).await),
         }
     }
 
-    fn process(&self) -> &CodexExecutor {
+    pub fn process(&self) -> &CodexExecutor {
         match self {
-            Self::Direct(executor) => executor,
+            Self::Stock(executor) => executor,
             Self::Adapter(adapter) => &adapter.executor,
         }
     }
@@ -84,7 +85,7 @@ impl Scene {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_files_and_sessions_work_on_every_flavour() {
-    for flavour in ALL {
+    for flavour in UNENCRYPTED {
         let scene = Scene::start(flavour).await;
         let caller = &scene.caller;
 

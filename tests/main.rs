@@ -14,6 +14,7 @@ mod flavours;
 mod harness;
 mod limits;
 mod links;
+mod matrix;
 mod registration;
 mod relink;
 mod rest;

@@ -276,6 +276,13 @@ impl Harness {
         self.call("process/start", start).await.unwrap();
     }
 
+    /// Writes to the stdin of a process.
+    pub async fn write(&mut self, process: &str, text: &str) {
+        let write = json!({ "processId": process, "chunk": STANDARD.encode(text), "writeId": text });
+        let written = self.call("process/write", write).await.unwrap();
+        assert_eq!(written["status"], "accepted", "{written}");
+    }
+
     /// What a process printed and its exit code, from its notifications.
     pub async fn finished(&mut self, process: &str) -> (Vec<u8>, i64) {
         let (mut printed, mut code) = (Vec::new(), None);

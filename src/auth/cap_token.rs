@@ -20,6 +20,10 @@ use crate::store::{GatewayKey, Keyring, Revocation, RevocationScope, Store, Stor
 /// No minter gives more than a year; a token far beyond is a mistake that no revocation list would outlive.
 const LIFE_MAX_SECS: u64 = 400 * 24 * 60 * 60;
 
+/// How far ahead of ours the clock of another minter may be. What claims to be issued later than that would outlive the
+/// revocations of its workspace, which end what was issued before them.
+const AHEAD_MAX_SECS: u64 = 5 * 60;
+
 /// A minted token is renewed before less than this is left, so that a call made with it can still connect.
 const LIFE_LEFT_MIN_SECS: u64 = 60;
 
@@ -59,6 +63,9 @@ pub enum CapTokenRefused {
     /// It claims to live longer than 400 days from now.
     #[error("the cap-token claims too long a life")]
     TooLong,
+    /// It claims to be issued in the future.
+    #[error("the cap-token is not issued yet")]
+    TooEarly,
     /// Its turn, or its workspace at a later time than it was issued, was revoked.
     #[error("the cap-token was revoked")]
     Revoked,
@@ -77,7 +84,10 @@ impl From<CapTokenError> for CapTokenRefused {
 impl From<CapTokenRefused> for AuthError {
     fn from(error: CapTokenRefused) -> Self {
         match error {
-            CapTokenRefused::Malformed | CapTokenRefused::BadSignature | CapTokenRefused::TooLong => Self::Invalid,
+            CapTokenRefused::Malformed
+            | CapTokenRefused::BadSignature
+            | CapTokenRefused::TooLong
+            | CapTokenRefused::TooEarly => Self::Invalid,
             CapTokenRefused::Expired => Self::Expired,
             CapTokenRefused::Revoked => Self::Revoked,
         }
@@ -121,6 +131,9 @@ impl CapTokens {
         let claims = self.0.verified_claims(token, now)?;
         if claims.exp > now.saturating_add(LIFE_MAX_SECS) {
             return Err(CapTokenRefused::TooLong);
+        }
+        if claims.iat > now.saturating_add(AHEAD_MAX_SECS) {
+            return Err(CapTokenRefused::TooEarly);
         }
         if lock(&self.0.revoked).ends(&claims.turn_id, &claims.workspace_id, claims.iat) {
             return Err(CapTokenRefused::Revoked);
@@ -296,6 +309,11 @@ impl Revoked {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use base64::Engine;
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+    use hmac::{Hmac, Mac};
+    use sha2::Sha256;
+
     use super::*;
     use crate::auth::doubles::{FakeClock, ring};
     use crate::store::scratch::ScratchDir;
@@ -407,6 +425,33 @@ mod tests {
         assert_eq!(rig.refusal(&lasting(LIFE_MAX_SECS)), None);
         assert_eq!(rig.refusal(&lasting(LIFE_MAX_SECS + 1)), Some(CapTokenRefused::TooLong));
         assert_eq!(rig.refusal(&lasting(u64::MAX)), Some(CapTokenRefused::TooLong));
+    }
+
+    #[tokio::test]
+    async fn a_token_of_the_future_is_refused_so_that_none_outlives_the_revocation_of_its_workspace() {
+        let rig = rig().await;
+        let issued = |ahead: u64| signed(1, &CapClaims { iat: NOW + ahead, exp: NOW + 36_000, ..claims() });
+        assert_eq!(rig.refusal(&issued(AHEAD_MAX_SECS)), None);
+        let early = issued(AHEAD_MAX_SECS + 1);
+        assert_eq!(rig.refusal(&early), Some(CapTokenRefused::TooEarly));
+        rig.clock.advance(1);
+        assert_eq!(rig.refusal(&early), None);
+        rig.clock.advance(AHEAD_MAX_SECS);
+        rig.revoke_workspace("w").await;
+        assert_eq!(rig.refusal(&early), Some(CapTokenRefused::Revoked));
+    }
+
+    #[tokio::test]
+    async fn a_token_that_names_no_workspace_is_malformed() {
+        let rig = rig().await;
+        for workspace in ["\"\"", "null", "\"a/b\""] {
+            let payload = format!(r#"{{"turn_id":"t","workspace_id":{workspace},"iat":{NOW},"exp":{}}}"#, NOW + 60);
+            let signed = format!("eyJhbGciOiJIUzI1NiIsInR5cCI6IkNYRyJ9.{}", URL_SAFE_NO_PAD.encode(payload));
+            let mut mac = <Hmac<Sha256> as Mac>::new_from_slice(&ring(1, None).current.secret).unwrap();
+            mac.update(signed.as_bytes());
+            let token = format!("{signed}.{}", URL_SAFE_NO_PAD.encode(mac.finalize().into_bytes()));
+            assert_eq!(rig.refusal(&token), Some(CapTokenRefused::Malformed), "{workspace}");
+        }
     }
 
     #[tokio::test]

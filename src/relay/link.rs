@@ -157,17 +157,19 @@ impl Routes {
         self.streams.len() < settings.streams_max && of_workspace < settings.workspace_streams_max
     }
 
-    fn remove(&mut self, stream: &StreamId, id: RouteId) {
+    /// Whether it was there.
+    fn remove(&mut self, stream: &StreamId, id: RouteId) -> bool {
         if self.streams.get(stream).is_none_or(|route| route.id != id) {
-            return;
+            return false;
         }
-        let Some(route) = self.streams.remove(stream) else { return };
+        let Some(route) = self.streams.remove(stream) else { return false };
         if let Some(count) = self.per_workspace.get_mut(&route.workspace) {
             *count -= 1;
             if *count == 0 {
                 self.per_workspace.remove(&route.workspace);
             }
         }
+        true
     }
 }
 
@@ -361,9 +363,9 @@ impl LinkHandle {
         }
     }
 
-    /// Forgets a route, unless the id has been taken into use again.
-    pub(super) fn release(&self, stream: &StreamId, route: RouteId) {
-        self.routes().remove(stream, route);
+    /// Forgets a route, unless that has happened already; whether it had to.
+    pub(super) fn release(&self, stream: &StreamId, route: RouteId) -> bool {
+        self.routes().remove(stream, route)
     }
 
     fn routes(&self) -> MutexGuard<'_, Routes> {
@@ -734,6 +736,10 @@ where
 }
 
 #[cfg(test)]
+#[path = "link_tests.rs"]
+mod model_tests;
+
+#[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::time::SystemTime;
@@ -743,7 +749,7 @@ mod tests {
     use super::*;
     use crate::store::Transport;
 
-    fn link() -> (LinkHandle, mpsc::Receiver<Bytes>) {
+    pub(super) fn link_with(settings: config::Link) -> (LinkHandle, mpsc::Receiver<Bytes>) {
         let registration = Registration {
             id: "exr_1".parse().unwrap(),
             executor: "exe_1".parse().unwrap(),
@@ -752,12 +758,12 @@ mod tests {
             credential: [0; 32],
             created_at: SystemTime::UNIX_EPOCH,
         };
-        LinkHandle::new(registration, Arc::default(), Arc::default())
+        LinkHandle::new(registration, Arc::new(settings), Arc::default())
     }
 
     #[tokio::test]
     async fn the_streams_of_a_workspace_end_with_its_right_and_no_others() {
-        let (link, mut outbox) = link();
+        let (link, mut outbox) = link_with(config::Link::default());
         let (ours, theirs) = ("ours".parse().unwrap(), "theirs".parse().unwrap());
         let mut withdrawn = link.open_stream(&ours).unwrap();
         let mut spared = link.open_stream(&ours).unwrap().ended_by_holder();

@@ -113,8 +113,8 @@ impl StreamHandle {
 
 impl Drop for StreamHandle {
     fn drop(&mut self) {
-        self.link.release(&self.id, self.route);
-        if self.ended.is_none() && self.taken.get().is_none() {
+        // Whoever took the route away has told the executor, or was told by it, and the id may be another's by now.
+        if self.link.release(&self.id, self.route) {
             let reset = Frame { stream_id: self.id.clone(), body: Body::Reset { reason: "closed".into() } };
             self.link.send_detached(reset.encode());
         }

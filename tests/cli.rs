@@ -8,7 +8,11 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
-use crate::support::{Caller, CodexExecutor, DaemonProcess, Scratch, TestGateway, codex, eventually};
+use crate::support::harness::{HarnessKeys, connect, dial};
+use crate::support::{
+    Caller, CodexExecutor, Credentials, DaemonProcess, FakeExecutor, Harness, Scratch, TestGateway, Tongue, codex,
+    eventually,
+};
 
 /// The binary with an environment that holds nothing but a home and the programs that everything needs.
 fn gateway(home: &Scratch, arguments: &[&str]) -> Command {
@@ -224,6 +228,52 @@ async fn the_ready_line_is_plain_text_at_any_level_and_format_and_term_exits_0()
     assert!(!first.contains(":0"), "real ports: {first}");
     terminate(&child);
     assert_eq!(child.wait().await.unwrap().code(), Some(0));
+}
+
+#[tokio::test]
+async fn no_line_of_the_log_shows_a_credential() {
+    let state = Scratch::new();
+    let log = state.path().join("log");
+    let arguments = ["serve", "--state-dir", state.path().to_str().unwrap(), "--listen", "127.0.0.1:0"];
+    let loud = ["--ops-listen", "127.0.0.1:0", "--log-level", "trace"];
+    let mut command = gateway(&state, &[&arguments[..], &loud].concat());
+    let mut daemon = command.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
+    let address = eventually("it is ready", async || {
+        let log = std::fs::read_to_string(&log).unwrap();
+        log.split_once("ready listen=")?.1.split_once(' ')?.0.parse().ok()
+    })
+    .await;
+
+    let token = DaemonProcess::operate(&state, &["token", "create", "--workspace", "w"]).await;
+    let caller = Caller::new(address, Some(token["token"].as_str().unwrap().to_owned()));
+    let executor = DaemonProcess::operate(&state, &["executor", "create", "--workspace", "w", "--name", "box"]).await;
+    let text = |name: &str| executor[name].as_str().unwrap().to_owned();
+    let credentials = Credentials { executor: text("exe_id"), token: text("token") };
+    let stand_in = FakeExecutor::new(address, &credentials);
+    let url = stand_in.registered().await;
+    let _link = stand_in.dial(&url).await.unwrap();
+    eventually("it is connected", async || (caller.environments().await == ["box"]).then_some(())).await;
+    assert_eq!(caller.shell("box", json!({ "command": "true" })).await["exit_code"], 0);
+    let keys = HarnessKeys::new();
+    let way = connect(&caller, &credentials.executor, &keys).await;
+    let path = &way.url[way.url.find("/bridge").unwrap()..];
+    dial(&Caller::new(address, None), path).await.unwrap();
+    let (_harness, session) = Harness::initialized(&caller, &credentials.executor, Tongue::Json).await;
+    let wrong = "a-credential-that-is-wrong";
+    let door = format!("/bridge/{}?token={wrong}", credentials.executor);
+    dial(&Caller::new(address, None), &door).await.unwrap_err();
+    terminate(&daemon);
+    assert_eq!(daemon.wait().await.unwrap().code(), Some(0));
+
+    let log = std::fs::read_to_string(&log).unwrap();
+    assert!(log.contains(&credentials.executor), "it says something about what went on: {log}");
+    let ticket = url.split_once("token=").unwrap().1.split_once('&').unwrap().0;
+    let (authorization, by) = path.split_once("token=").unwrap().1.split_once("&by=").unwrap();
+    let token = caller.token.unwrap();
+    for secret in [token.as_str(), &credentials.token, ticket, authorization, by, &session, wrong] {
+        let line = log.lines().find(|line| line.contains(secret));
+        assert_eq!(line, None);
+    }
 }
 
 #[tokio::test]

@@ -3,14 +3,18 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use exec_gateway::ops::metrics::OutcomeLabel;
 use exec_gateway::protocol::frame::{Body, Data, Frame, StreamId};
 use exec_gateway::protocol::ids::ExecutorId;
 use exec_gateway::protocol::ticket;
 use exec_gateway::store::KeyPurpose;
+use futures_util::SinkExt;
 use serde_json::json;
 use tokio_tungstenite::tungstenite::Message;
 
-use crate::support::{Answer, Caller, Credentials, FakeExecutor, FakeLink, Reply, TestGateway, eventually};
+use crate::support::{
+    Answer, Caller, Credentials, FakeExecutor, FakeLink, Harness, MIB, PATIENCE, Reply, TestGateway, Tongue, eventually,
+};
 
 pub const HANDSHAKE: [(&str, &str); 4] = [
     ("connection", "Upgrade"),
@@ -451,4 +455,28 @@ async fn unbinding_or_deleting_an_executor_ends_what_it_is_asked() {
     scene.link.ended().await;
     assert_eq!(scene.call().await.code(), "env_not_found");
     assert_eq!(scene.executor.register().await.status, 403);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_executor_that_never_reads_loses_its_link_and_the_others_wait_for_nothing() {
+    let scene = Scene::with(|config| config.link.write_timeout_secs = 1).await;
+    let neighbour = scene.neighbour().await;
+    let (mut harness, _) = Harness::initialized(&scene.caller, &scene.credentials.executor, Tongue::Json).await;
+    scene.link.silence();
+    // More than all buffers between the harness and the executor hold.
+    let large = "x".repeat(MIB);
+    let write = json!({ "id": 1, "method": "fs/writeFile", "params": { "path": "file:///a", "dataBase64": large } });
+    let write = Message::text(write.to_string());
+    let flood = async move { while harness.socket.send(write.clone()).await.is_ok() {} };
+    let mut flood = tokio::spawn(tokio::time::timeout(PATIENCE, flood));
+    loop {
+        tokio::select! {
+            ended = &mut flood => break ended.unwrap().expect("the harness is told"),
+            () = neighbour.works() => {}
+        }
+    }
+    let ends = &scene.gateway.gateway.api().metrics.links_ended;
+    assert_eq!(ends.get_or_create(&OutcomeLabel { outcome: "write_timeout" }).get(), 1);
+    assert!(scene.caller.environments().await.is_empty());
+    assert!(!neighbour.link.is_ended());
 }

@@ -1,8 +1,9 @@
 //! Every kind of executor with every kind of harness: each pair either works, alone and beside another workspace that
 //! uses the same names, or says that it cannot.
 
+use bytes::Bytes;
 use exec_gateway::admin::Request;
-use exec_gateway::protocol::frame::Body;
+use exec_gateway::protocol::frame::{Body, Data};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, WorkspaceId};
 use futures_util::future::join_all;
 use serde_json::json;
@@ -69,6 +70,11 @@ async fn every_harness_works_with_every_executor() {
             let refused = first.call("fs/readFile", json!({ "path": "file:///nope" })).await.unwrap_err();
             assert_eq!(refused["code"], -32004, "{cell:?}");
 
+            for id in [json!("a text"), json!(""), json!(-7), json!(i64::MAX)] {
+                first.say(&json!({ "id": id, "method": "fs/getMetadata", "params": { "path": "file:///" } })).await;
+                assert_eq!(first.hear().await.unwrap()["id"], id, "{cell:?}");
+            }
+
             first.start("p2", "read line; echo got $line").await;
             drop(first);
             let second = eventually("the executor has given up the former stream", async || {
@@ -83,6 +89,20 @@ async fn every_harness_works_with_every_executor() {
         }
     }))
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_a_harness_sends_in_segments_is_one() {
+    let row = Row::start(Flavour::Encrypted).await;
+    let mut harness = Harness::open(&row.ours, &row.credentials.executor, Tongue::Frames).await;
+    let message = json!({ "id": 1, "method": "initialize", "params": { "clientName": "in pieces" } }).to_string();
+    let pieces: Vec<_> = message.as_bytes().chunks(20).map(Bytes::copy_from_slice).collect();
+    for (index, payload) in (0..).zip(&pieces) {
+        let (segment_count, payload) = (pieces.len() as u32, payload.clone());
+        harness.send_body(Body::Data(Data { seq: index, segment_index: index, segment_count, payload })).await;
+    }
+    let answer = harness.hear().await.unwrap();
+    assert!(answer["result"]["sessionId"].is_string(), "{answer}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

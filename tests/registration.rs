@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::support::{
-    Answer, Caller, CodexExecutor, Credentials, FakeExecutor, TestGateway, Upstream, Verdict, eventually,
+    Answer, Caller, CodexExecutor, Credentials, FakeExecutor, TestGateway, Upstream, Verdict, Wire, eventually,
 };
 
 /// Longer than one try of a held request, shorter than the hold: how long something is away that comes back in time.
@@ -233,6 +233,31 @@ async fn the_url_is_that_of_the_host_by_which_the_gateway_was_called() {
 }
 
 #[tokio::test]
+async fn a_hostile_host_decides_nothing_but_the_answer_to_who_sent_it() {
+    let gateway = TestGateway::start().await;
+    let credentials = gateway.executor("w", "box").await;
+    let bearer = format!("Bearer {}", credentials.token);
+    let path = register_path(&credentials.executor);
+    for host in ["evil.example/x?y=", "evil.example#", "user@evil.example", "evil example", "evil%2eexample", "\"evil"]
+    {
+        let mut wire = Wire::connect(gateway.address()).await;
+        let request = format!("POST {path} HTTP/1.1\r\nhost: {host}\r\nauthorization: {bearer}\r\n");
+        wire.send(&format!("{request}content-length: 0\r\nconnection: close\r\n\r\n")).await;
+        assert!(!wire.until_closed().await.contains("evil"), "{host}");
+    }
+    // Whoever believes in a host of this kind sent it himself, and may as well have dialled there.
+    let forged = [("authorization", bearer.as_str()), ("host", "evil.example"), ("x-forwarded-host", "evil.example")];
+    let url = members(&gateway.stranger().send("POST", &path, &forged, "").await).1;
+    assert!(url.starts_with("ws://evil.example/bridge/"), "{url}");
+    let executor = FakeExecutor::new(gateway.address(), &credentials);
+    let url = executor.registered().await;
+    assert!(url.starts_with(&format!("ws://{}/bridge/", gateway.address())), "{url}");
+    let forwarded = [("authorization", bearer.as_str()), ("x-forwarded-host", "evil.example")];
+    let url = members(&gateway.stranger().send("POST", &path, &forwarded, "").await).1;
+    assert!(url.starts_with(&format!("ws://{}/bridge/", gateway.address())), "{url}");
+}
+
+#[tokio::test]
 async fn the_configured_url_wins_over_the_host() {
     for (configured, base) in [
         ("https://gw.example/base/", "wss://gw.example/base/bridge/"),
@@ -257,6 +282,24 @@ async fn a_register_while_the_store_is_away_is_told_to_wait() {
     assert_refused(&answer, 503, "registration_conflict");
     away.give_back();
     assert_eq!(executor.register().await.status, 200);
+}
+
+#[tokio::test]
+async fn a_gateway_whose_store_is_away_is_alive_and_not_ready() {
+    let gateway = TestGateway::start().await;
+    let operator = Caller::new(gateway.gateway.ops(), None);
+    let get = async |path| {
+        let answer = operator.send("GET", path, &[], "").await;
+        (answer.status.as_u16(), String::from_utf8(answer.body.to_vec()).unwrap())
+    };
+    assert_eq!(get("/readyz").await, (200, "ready\n".into()));
+    let away = StoreAway::take(&gateway);
+    assert_eq!(get("/readyz").await, (503, "store does not write\n".into()));
+    assert_eq!(get("/healthz").await, (200, "ok\n".into()));
+    let (status, metrics) = get("/metrics").await;
+    assert!(status == 200 && metrics.contains("frames_dropped_total"), "{metrics}");
+    away.give_back();
+    eventually("it is ready again", async || (get("/readyz").await.0 == 200).then_some(())).await;
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 
 use crate::support::gateway::Credentials;
 use crate::support::{
-    Answer, Caller, CodexExecutor, DaemonProcess, Marker, Scratch, TestGateway, Workbench, eventually,
+    Answer, Caller, CodexExecutor, DaemonProcess, FakeExecutor, Marker, Scratch, TestGateway, Workbench, eventually,
 };
 
 /// Waits for a file called `go` after it has made one called `started`; not for ever, should its test be gone.
@@ -40,6 +40,23 @@ async fn the_same_executor_is_back_after_every_restart() {
         assert_eq!(native_executor(&caller).await, native, "restart {restart}");
         assert_eq!((executor.pid(), executor.is_running()), (pid, true));
     }
+}
+
+#[tokio::test]
+async fn after_a_crash_only_those_are_connected_who_are_there() {
+    let state = Scratch::new();
+    let daemon = DaemonProcess::start(&state, "127.0.0.1:0".parse().unwrap(), &[]).await;
+    let (caller, credentials) = workspace(&state, &daemon).await;
+    let executor = FakeExecutor::new(daemon.address, &credentials);
+    let link = executor.register_and_dial().await;
+    eventually("it is connected", async || (caller.environments().await == ["box"]).then_some(())).await;
+
+    daemon.kill().await;
+    drop(link);
+    let daemon = DaemonProcess::start(&state, "127.0.0.1:0".parse().unwrap(), &[]).await;
+
+    let caller = Caller::new(daemon.address, caller.token);
+    assert!(caller.environments().await.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

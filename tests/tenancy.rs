@@ -109,6 +109,35 @@ async fn a_workspace_is_built_once_however_many_call_first() {
     assert_eq!((workspaces.built(), executor.asked("handshake"), executor.asked("process/start")), (1, 1, 1000));
 }
 
+#[tokio::test]
+async fn a_first_caller_that_leaves_does_not_take_the_conversation_with_it() {
+    let gateway = TestGateway::start().await;
+    let (caller, credentials, executor, _link) = with_executor(&gateway, "w").await;
+    executor.on("handshake", Reply::Held);
+    let workspaces = &gateway.gateway.api().workspaces;
+    let under_way = || workspaces.all().iter().map(|workspace| workspace.calls()).sum::<usize>();
+    let mut first = Box::pin(stdout(&caller, "box"));
+    let both = eventually("the second one waits too", async || (under_way() == 2).then_some(()));
+    let begun = eventually("the handshake is under way", async || (executor.asked("handshake") == 1).then_some(()));
+    tokio::select! {
+        output = &mut first => panic!("{output}"),
+        () = begun => {}
+    }
+    let second = tokio::spawn({
+        let caller = caller.clone();
+        async move { stdout(&caller, "box").await }
+    });
+    tokio::select! {
+        output = &mut first => panic!("{output}"),
+        () = both => {}
+    }
+    drop(first);
+    eventually("the first one has left", async || (under_way() == 1).then_some(())).await;
+    executor.release();
+    assert_eq!(second.await.unwrap(), credentials.executor);
+    assert_eq!((executor.asked("handshake"), executor.asked("initialize")), (1, 1));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_past_the_bound_of_a_workspace_are_refused_and_the_others_succeed() {
     let gateway = TestGateway::start().await;

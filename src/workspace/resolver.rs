@@ -78,3 +78,38 @@ impl Resolver {
         self.copy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use rusqlite::Connection;
+
+    use super::*;
+    use crate::protocol::ids::EnvironmentName;
+    use crate::store::path_in;
+    use crate::store::scratch::ScratchDir;
+
+    #[tokio::test(start_paused = true)]
+    async fn names_are_asked_for_once_in_a_while_and_forgotten_ones_never_come_back() {
+        let dir = ScratchDir::new();
+        let store = Store::open(dir.path()).unwrap();
+        let workspace: WorkspaceId = "w".parse().unwrap();
+        let create = async |name: &str| {
+            let name = EnvironmentName::new(name).unwrap();
+            store.create_executor(&workspace, &name, false, None).await.unwrap();
+        };
+        let resolver = Resolver::new(workspace.clone(), Duration::from_secs(10));
+        create("first").await;
+        let first = resolver.bindings(&store).await.unwrap();
+        create("second").await;
+        let same = resolver.bindings(&store).await.unwrap();
+        assert!(Arc::ptr_eq(&first, &same), "whatever name is looked for, the store is not asked again");
+        tokio::time::advance(Duration::from_secs(10)).await;
+        assert_eq!(resolver.bindings(&store).await.unwrap().len(), 2);
+
+        Connection::open(path_in(dir.path())).unwrap().execute_batch("DROP TABLE bindings").unwrap();
+        assert_eq!(resolver.bindings(&store).await.unwrap().len(), 2);
+        resolver.invalidate();
+        assert!(resolver.bindings(&store).await.is_err(), "an old name may be unbound by now");
+    }
+}

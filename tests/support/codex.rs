@@ -1,11 +1,12 @@
 //! The real executor: `codex exec-server --remote` of the pinned version, unmodified.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use exec_gateway::config::Config;
 use serde_json::Value;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::gateway::{Credentials, TestGateway};
@@ -35,21 +36,12 @@ impl CodexExecutor {
     pub async fn start_with(url: &str, credentials: &Credentials, change: impl FnOnce(&mut Command, &Path)) -> Self {
         let home = Scratch::new();
         let mut command = Command::new(program());
-        // Its own process group: the launcher has a native child, and both must end with the test.
         command
             .args(["exec-server", "--remote", url, "--environment-id", &credentials.executor])
             .arg("--registration-bearer-stdin")
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("HOME", home.path())
-            .env("CODEX_HOME", home.path())
-            .env("NO_PROXY", "127.0.0.1,localhost")
-            .current_dir(home.path())
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(if std::env::var_os("EXECUTOR_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
-            .process_group(0)
-            .kill_on_drop(true);
+            .stdout(Stdio::null());
+        surround(&mut command, home.path());
         change(&mut command, home.path());
         let mut child = command.spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
@@ -89,15 +81,68 @@ impl CodexExecutor {
 
     /// Kills launcher and executor at once.
     pub fn kill(&self) {
-        if let Some(pid) = self.child.id() {
-            let _ = std::process::Command::new("kill").args(["-KILL", "--", &format!("-{pid}")]).status();
-        }
+        kill_group(&self.child);
     }
 }
 
 impl Drop for CodexExecutor {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// The same program as it serves clients by itself, in plain JSON-RPC.
+pub struct CodexListener {
+    child: Child,
+    home: Scratch,
+    pub address: SocketAddr,
+    pub url: String,
+}
+
+impl CodexListener {
+    pub async fn start() -> Self {
+        let home = Scratch::new();
+        let mut command = Command::new(program());
+        command.args(["exec-server", "--listen", "ws://127.0.0.1:0"]);
+        surround(&mut command, home.path());
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let url = lines.next_line().await.unwrap().expect("the listener tells its URL");
+        let address = url.trim_start_matches("ws://").trim_end_matches('/').parse().unwrap();
+        Self { child, home, address, url }
+    }
+
+    /// Its home and working directory.
+    pub fn home(&self) -> &Path {
+        self.home.path()
+    }
+}
+
+impl Drop for CodexListener {
+    fn drop(&mut self) {
+        kill_group(&self.child);
+    }
+}
+
+/// Gives codex a clean environment and a process group of its own: the launcher has a native child, and both must end
+/// with the test.
+fn surround(command: &mut Command, home: &Path) {
+    command
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .env("HOME", home)
+        .env("CODEX_HOME", home)
+        .env("NO_PROXY", "127.0.0.1,localhost")
+        .current_dir(home)
+        .stderr(if std::env::var_os("EXECUTOR_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
+        .process_group(0)
+        .kill_on_drop(true);
+}
+
+/// Kills launcher and executor at once.
+fn kill_group(child: &Child) {
+    if let Some(pid) = child.id() {
+        let _ = std::process::Command::new("kill").args(["-KILL", "--", &format!("-{pid}")]).status();
     }
 }
 

@@ -145,6 +145,11 @@ impl Harness {
         }
     }
 
+    /// On a socket that takes JSON-RPC texts.
+    pub fn of_json(socket: WebSocketStream<TcpStream>) -> Self {
+        Self::on(socket, stream_id(), Coding::Json)
+    }
+
     fn on(socket: WebSocketStream<TcpStream>, stream: StreamId, coding: Coding) -> Self {
         let endpoint = || Endpoint::new(EndpointLimits::default());
         Self { socket, stream, coding, sending: endpoint(), receiving: endpoint(), next_id: 0, heard: VecDeque::new() }
@@ -215,22 +220,26 @@ impl Harness {
 
     /// The next JSON-RPC message.
     pub async fn hear(&mut self) -> Result<Value, Farewell> {
+        Ok(serde_json::from_slice(&self.hear_bytes().await?).unwrap())
+    }
+
+    /// The next JSON-RPC message as it stands on the wire.
+    pub async fn hear_bytes(&mut self) -> Result<Bytes, Farewell> {
         loop {
             if let Coding::Records(_, reader) = &mut self.coding
                 && let Some(message) = reader.next().unwrap()
             {
-                return Ok(serde_json::from_slice(&message).unwrap());
+                return Ok(message);
             }
             if let Some(payload) = self.receiving.next() {
                 match &mut self.coding {
                     Coding::Records(channel, reader) => reader.push(channel.open(&payload).unwrap()),
-                    _ => return Ok(serde_json::from_slice(&payload).unwrap()),
+                    _ => return Ok(payload),
                 }
                 continue;
             }
             if let Coding::Json = self.coding {
-                let text = self.word().await?;
-                return Ok(serde_json::from_slice(&text).unwrap());
+                return self.word().await;
             }
             match self.frame().await? {
                 Body::Data(data) => self.receiving.receive(data).unwrap(),

@@ -104,7 +104,7 @@ config! {
         /// Time after which a peer that takes no bytes, or answers no probe, is taken for gone, in seconds.
         tcp_user_timeout_secs: u64 = 30 => 1..=3600,
         /// How long a client may take not one byte of its answer before its connection is closed, in seconds.
-        write_timeout_secs: u64 = 60 => 1..=86_400,
+        write_timeout_secs: u64 = 30 => 1..=86_400,
         /// Size of a request's headers together, in bytes; at least 8192.
         header_bytes_max: usize = 64 * 1024 => 8192..=1024 * 1024,
         /// Size of a tool call's body, in bytes.

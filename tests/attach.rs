@@ -12,7 +12,7 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
@@ -544,15 +544,19 @@ async fn unread(write_timeout_secs: u64) -> (Workbench, String, TokenId, TcpStre
         config.session.streams_max = 1;
         config.edge.write_timeout_secs = write_timeout_secs;
         config.drain.grace_secs = 50;
+        // With little room in the connection's own buffer it asks the stream for nothing more.
+        config.edge.header_bytes_max = 8192;
         // Nor does the system notice.
-        config.link.dead_secs = 600;
+        config.edge.tcp_user_timeout_secs = 600;
     })
     .await;
     std::fs::write(bench.file("noise"), noise(6, 12 * MIB)).unwrap();
     let session = start(&bench, json!({ "command": "cat noise; cat" })).await;
     printed(&bench.caller, &session, 12 * MIB).await;
     let (caller, id) = bench.gateway.caller_and_token("w").await;
-    let mut unread = TcpStream::connect(caller.address).await.unwrap();
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(16 * 1024).unwrap();
+    let mut unread = socket.connect(caller.address).await.unwrap();
     let headers = format!("accept: text/event-stream\r\nauthorization: Bearer {}\r\n", caller.token.unwrap());
     let request = format!("GET {session}/output HTTP/1.1\r\nhost: gateway\r\n{headers}\r\n");
     unread.write_all(request.as_bytes()).await.unwrap();
@@ -560,7 +564,26 @@ async fn unread(write_timeout_secs: u64) -> (Workbench, String, TokenId, TcpStre
     unread.read_exact(&mut status).await.unwrap();
     assert_eq!(&status, b"HTTP/1.1 200");
     assert_eq!(Events::ask(&bench.caller, &session, None).await.status(), 429);
+    let (mut waiting, mut looks) = (None, 0);
+    eventually("the gateway can send no more", async || {
+        let now = unsent(caller.address.port(), unread.local_addr().unwrap().port());
+        looks = if now > Some(0) && now == waiting { looks + 1 } else { 0 };
+        waiting = now;
+        (looks >= 50 || now.is_none()).then_some(())
+    })
+    .await;
     (bench, session, id, unread)
+}
+
+/// Bytes that the system holds for the other end of a connection; `None` when there is no such connection.
+fn unsent(port: u16, peer: u16) -> Option<u64> {
+    let connections = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    connections.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let of = |field: &str| u16::from_str_radix(field.split_once(':')?.1, 16).ok();
+        let found = of(fields.get(1)?)? == port && of(fields.get(2)?)? == peer;
+        found.then(|| u64::from_str_radix(fields[4].split_once(':').unwrap().0, 16).unwrap())
+    })
 }
 
 async fn its_place_is_free(bench: &Workbench, session: &str) {

@@ -38,7 +38,11 @@ impl Rig {
 
     /// On a daemon with further arguments.
     async fn with(arguments: &[&str]) -> Self {
-        let (state, address) = (Scratch::new(), free_address());
+        Self::on(Scratch::new(), arguments).await
+    }
+
+    async fn on(state: Scratch, arguments: &[&str]) -> Self {
+        let address = free_address();
         let daemon = DaemonProcess::start(&state, address, arguments).await;
         let (caller, credentials) = workspace(&state, &daemon).await;
         let proxy = Proxy::to(address).await;
@@ -79,6 +83,18 @@ impl Started<'_> {
             if page["session_alive"] == false {
                 return page;
             }
+        }
+    }
+
+    /// Reads what there is; gives the number of the newest chunk.
+    async fn follow_running(&self) -> u64 {
+        let mut since = 0;
+        loop {
+            let page = self.get(&format!("/output?since={since}")).await;
+            if page["chunks"].as_array().unwrap().is_empty() && page["lost"].is_null() {
+                return since;
+            }
+            since = page["next_since"].as_u64().unwrap();
         }
     }
 
@@ -503,6 +519,60 @@ async fn a_session_on_a_full_disk_goes_on_in_memory_and_names_what_it_loses() {
     neighbour.post("stdin", json!({ "data_b64": STANDARD.encode("\n") })).await;
     neighbour.prints("two").await;
     assert_eq!(caller.shell("box", json!({ "command": ["echo", "alive"] })).await["stdout"], "alive\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_is_started_on_a_full_disk_and_taken_up_by_the_next_gateway() {
+    let state = Scratch::new();
+    let Some(_disk) = TinyDisk::mount(&state.path().join("sessions"), MIB) else {
+        println!("skipped: mounting a small disk takes root");
+        return;
+    };
+    let filler = state.path().join("sessions").join("filler");
+    let mut rig = Rig::on(state, &[]).await;
+    let full = std::fs::write(&filler, vec![0; 2 * MIB]).unwrap_err();
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    let caller = rig.caller.clone();
+    let bytes = noise(13, 3 * MIB);
+    std::fs::write(rig.file("block"), &bytes).unwrap();
+    // What was shown of `big` is more than the executor keeps, of `small` it is less.
+    let big = start(&caller, json!({ "command": "cat block; read line; echo end" })).await;
+    let small = start(&caller, json!({ "command": "echo one; read line; echo two" })).await;
+    let over = start(&caller, json!({ "command": "echo gone" })).await;
+    eventually("all of it is shown", async || (big.get("").await["stdout_bytes"] == bytes.len()).then_some(())).await;
+    small.prints("one").await;
+    over.becomes("exited").await;
+    assert_eq!(over.read_all().await.stdout, b"gone\n");
+    let seen = big.follow_running().await;
+
+    rig.kill_and_restart().await;
+    // Who has read all of it goes on where it stood, and who comes late is told what is missing.
+    big.post("stdin", json!({ "data_b64": STANDARD.encode("\n") })).await;
+    let page = big.get(&format!("/output?since={seen}&wait_ms=25000")).await;
+    assert_eq!((page["chunks"][0]["seq"].as_u64(), bytes_of(&page["chunks"][0])), (Some(seen + 1), b"end\n".to_vec()));
+    let (mut kept, mut named) = (Vec::new(), 0);
+    let last = big
+        .follow(8 * MIB, |page| {
+            let hole = |end: &str| page["lost"][end].as_u64().unwrap_or(0);
+            named += hole("to_seq") - hole("from_seq");
+            for chunk in page["chunks"].as_array().unwrap() {
+                named += chunk["gap"]["chunks"].as_u64().unwrap_or(0);
+                kept.extend(bytes_of(chunk));
+            }
+        })
+        .await;
+    let printed = [&bytes[..], b"end\n"].concat();
+    assert!(kept.len() >= MIB / 2 && printed.ends_with(&kept), "{} bytes", kept.len());
+    // A chunk is at most 8 KiB, so as many as are named were needed for what is missing.
+    assert!(named as usize * 8192 >= printed.len() - kept.len(), "{named} chunks");
+    assert_eq!(last["exit"]["streams"]["stdout"]["exact"], false);
+    println!("3 MiB, killed on a full disk: {} bytes kept, {named} chunks named as lost", kept.len());
+
+    small.post("stdin", json!({ "data_b64": STANDARD.encode("\n") })).await;
+    assert_eq!(small.read_all().await.stdout, b"one\ntwo\n");
+    let page = over.get("/output").await;
+    assert_eq!((&page["exit_code"], &page["chunks"][0]["gap"]["bytes"]), (&json!(0), &Value::Null));
+    assert_eq!(page["exit"]["streams"]["stdout"]["exact"], false);
 }
 
 #[tokio::test(flavor = "multi_thread")]

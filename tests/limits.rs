@@ -1,7 +1,10 @@
 //! Bounds of the doors: what is too slow, too long or too much ends alone (decisions D9, D12).
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use exec_gateway::store::{Registration, Transport};
+use futures_util::future::join_all;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -99,6 +102,77 @@ async fn connections_past_the_bound_wait_until_another_ends() {
     assert!(timeout(Duration::from_millis(300), &mut third).await.is_err(), "it is not accepted yet");
     drop(first);
     assert_eq!(third.await.status, 200);
+}
+
+/// The request of a new executor's socket, as one that has registered sends it.
+async fn upgrade_request(gateway: &TestGateway, name: &str) -> String {
+    let corridor = &gateway.gateway.api().corridor;
+    let made = corridor.store.create_executor(&"machines".parse().unwrap(), &name.parse().unwrap(), false, None).await;
+    let executor = made.unwrap().id;
+    let ticket = corridor.auth.tickets().mint(&executor);
+    let registration = Registration {
+        id: format!("exr_{name}").parse().unwrap(),
+        executor: executor.clone(),
+        transport: Transport::Noise,
+        public_key: vec![0; 1216],
+        credential: [0; 32],
+        created_at: SystemTime::now(),
+    };
+    corridor.store.save_registration(registration, 1).await.unwrap();
+    format!(
+        "GET /bridge/{executor}?token={ticket}&reg=exr_{name} HTTP/1.1\r\nhost: gw\r\nconnection: upgrade\r\n\
+         upgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_half_open_connections_hold_nobody_up_and_go() {
+    // Both ends of each are files of this process.
+    let mut open_files = getrlimit(Resource::Nofile);
+    open_files.current = open_files.maximum;
+    setrlimit(Resource::Nofile, open_files).unwrap();
+    let gateway = TestGateway::with(|config| {
+        (config.edge.header_timeout_secs, config.edge.body_timeout_secs) = (3, 3);
+        (config.link.ping_secs, config.link.dead_secs) = (1, 3);
+    })
+    .await;
+    let (caller, other) = (gateway.caller("w").await, gateway.caller("other").await);
+    let half_body = format!(
+        "POST /api/connectors/envs/box/tool/call HTTP/1.1\r\nhost: gw\r\nauthorization: Bearer {}\r\n\
+         content-length: 100\r\n\r\n{{",
+        other.token.unwrap()
+    );
+    let names: Vec<String> = (0..200).map(|nth| format!("box-{nth}")).collect();
+    let upgrades = join_all(names.iter().map(|name| upgrade_request(&gateway, name))).await;
+    let half_open = join_all((0..2000).map(async |nth| {
+        let mut wire = Wire::connect(gateway.address()).await;
+        match nth % 10 {
+            0..=4 => {}
+            5..=7 => wire.send("GET /healthz HTTP/1.1\r\nhost: gw\r\nx-").await,
+            8 => wire.send(&half_body).await,
+            _ => wire.send(&upgrades[nth / 10]).await,
+        }
+        wire
+    }))
+    .await;
+
+    for _ in 0..20 {
+        assert_eq!(gateway.stranger().send("GET", "/healthz", &[], "").await.status, 200);
+        caller.environments().await;
+    }
+    let said = join_all(half_open.into_iter().map(async |mut wire| wire.until_closed().await)).await;
+    for (nth, said) in said.iter().enumerate() {
+        let expected = match nth % 10 {
+            0..=7 => "",
+            8 => "HTTP/1.1 408 ",
+            _ => "HTTP/1.1 101 ",
+        };
+        assert!(said.starts_with(expected) && said.is_empty() == expected.is_empty(), "{nth}: {said}");
+    }
+    let api = gateway.gateway.api();
+    eventually("the links are gone", async || api.corridor.registry.is_empty().then_some(())).await;
+    assert_eq!(api.workspaces.peek(&"other".parse().unwrap()).unwrap().calls(), 0);
+    caller.environments().await;
 }
 
 #[tokio::test]

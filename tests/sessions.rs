@@ -4,11 +4,12 @@ use std::net::SocketAddr;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use exec_gateway::session::{SessionError, StartRequest, StdinMode};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::restart::{free_address, workspace};
-use crate::support::{Caller, CodexExecutor, DaemonProcess, Proxy, Scratch, Workbench, eventually, noise};
+use crate::support::{Caller, CodexExecutor, DaemonProcess, PATIENCE, Proxy, Scratch, Workbench, eventually, noise};
 
 /// A session as a caller sees it.
 pub struct Started<'a> {
@@ -221,9 +222,28 @@ async fn one_start_key_is_refused_alike_while_there_is_no_room_and_works_once_th
     let bench = Workbench::with(|config| config.session.workspace_max = 1).await;
     let first = start(&bench.caller, json!({ "command": "true" })).await;
     let arguments = json!({ "command": "echo x >> starts", "key": "k", "stdin": "none" });
-    let starts = (0..50).map(|_| bench.caller.tool("box", "exec_command", arguments.clone()));
+    let refused = bench.caller.tool("box", "exec_command", arguments.clone()).await;
+    assert_eq!((refused.status.as_u16(), refused.code().as_str()), (429, "too_many_sessions"));
+    // Behind the door they all meet: over HTTP most would come one after the other.
+    let api = bench.gateway.gateway.api();
+    let principal = api.corridor.auth.principal(bench.caller.token.as_deref().unwrap()).await.unwrap();
+    let workspace = api.workspaces.get(&principal);
+    let binding = workspace.environment("box").await.unwrap();
+    let request = StartRequest {
+        argv: vec!["true".into()],
+        cwd: None,
+        env: Default::default(),
+        tty: false,
+        stdin: StdinMode::None,
+        timeout_ms: None,
+        label: None,
+    };
+    let starts = (0..50).map(|_| {
+        let key = Some("k".to_owned());
+        api.sessions.start(&workspace, &binding, request.clone(), key, PATIENCE)
+    });
     for refused in futures_util::future::join_all(starts).await {
-        assert_eq!((refused.status.as_u16(), refused.code().as_str()), (429, "too_many_sessions"));
+        assert!(matches!(refused, Err(SessionError::TooMany(1))), "{:?}", refused.err());
     }
     let path = format!("/api/connectors/processes/{}", first.id);
     assert_eq!(bench.caller.send("DELETE", &path, &[], "").await.status, 200);

@@ -197,9 +197,18 @@ fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
 
 /// A JSON answer ends with a newline, as the original's do.
 fn json_line(value: &impl Serialize) -> Vec<u8> {
-    let mut line = serde_json::to_vec(value).expect("bodies of the API are plain data");
+    json_line_in(Vec::new(), value)
+}
+
+/// As [`json_line`], in a buffer that has the room already.
+fn json_line_in(mut line: Vec<u8>, value: &impl Serialize) -> Vec<u8> {
+    write_json(&mut line, value);
     line.push(b'\n');
     line
+}
+
+fn write_json(text: &mut Vec<u8>, value: &impl Serialize) {
+    serde_json::to_writer(text, value).expect("what the API tells is plain data");
 }
 
 fn json(value: &impl Serialize) -> Response<Body> {

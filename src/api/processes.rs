@@ -9,17 +9,18 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use base64::Engine;
+use base64::display::Base64Display;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::{Request, Response};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
 
 use super::error::ApiError;
 use super::rest::{caller, field_error};
-use super::{Api, json as json_answer, query_parameter};
+use super::{Api, json as json_answer, json_bytes, json_line_in, query_parameter};
 use crate::edge::body::{self, Body};
 use crate::journal::{JournalError, Lost, Page, Record};
 use crate::session::{EndSignal, Session, StdinMode, WriteOrder};
@@ -29,6 +30,9 @@ pub use attach::attach;
 
 /// How long an ended process may take to be gone before the answer says only that it was asked.
 const END_CONFIRM: Duration = Duration::from_secs(10);
+
+/// Room for what stands around the base64 of a chunk.
+const CHUNK_HEAD_BYTES: usize = 96;
 
 /// Longest grace between interrupt and kill.
 const GRACE_MAX: Duration = Duration::from_secs(20);
@@ -178,21 +182,37 @@ pub async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Res
         // The exit is told on the page that reaches the end, and on every later empty one.
         let over = status.state.is_final() && page.end;
         let lost_bytes = lost_bytes(&session, query.tag);
-        let mut answer = json!({
-            "chunks": chunks(&page),
-            "exit_code": if over { json!(status.exit_code) } else { Value::Null },
-            "session_alive": !over,
-            "truncated": lost_bytes > 0,
-            "lost_bytes": lost_bytes,
-            "lost": page.lost.as_ref().map(lost),
-            "next_since": page.next_seq,
-            "state": if over { status.state.as_str() } else { "running" },
-        });
-        if over {
-            answer["exit"] = exit(&session);
-        }
-        return Ok(json_answer(&answer));
+        let output = Output {
+            chunks: chunks(&page),
+            exit: over.then(|| exit(&session)),
+            exit_code: status.exit_code.filter(|_| over),
+            lost: page.lost.as_ref().map(lost),
+            lost_bytes,
+            next_since: page.next_seq,
+            session_alive: !over,
+            state: if over { status.state.as_str() } else { "running" },
+            truncated: lost_bytes > 0,
+        };
+        // Room for all of it at once: growing would copy megabytes, and take twice the memory while it does.
+        let room = page.records.iter().map(|record| record.bytes.len() * 4 / 3 + CHUNK_HEAD_BYTES).sum::<usize>();
+        return Ok(json_bytes(json_line_in(Vec::with_capacity(room), &output)));
     }
+}
+
+/// An answer with output. It borrows, since output is the bulk of all that callers are told: each byte goes into the
+/// answer once, as base64.
+#[derive(Serialize)]
+struct Output<'a> {
+    chunks: Vec<Chunk<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit: Option<Value>,
+    exit_code: Option<i32>,
+    lost: Option<Value>,
+    lost_bytes: u64,
+    next_since: u64,
+    session_alive: bool,
+    state: &'static str,
+    truncated: bool,
 }
 
 async fn page(session: &Arc<Session>, query: &OutputQuery) -> Result<Page, ApiError> {
@@ -225,14 +245,25 @@ async fn head_tail(session: &Arc<Session>, query: &OutputQuery, bytes: usize) ->
     let (head, tail) = read(move || journal.head_tail(tag, bytes)).await?;
     let status = session.status();
     let over = status.state.is_final();
-    Ok(json_answer(&json!({
-        "head": chunks(&head),
-        "tail": chunks(&tail),
-        "exit_code": status.exit_code,
-        "session_alive": !over,
-        "state": status.state.as_str(),
-        "exit": if over { exit(session) } else { Value::Null },
-    })))
+    Ok(json_answer(&HeadTail {
+        exit: over.then(|| exit(session)),
+        exit_code: status.exit_code,
+        head: chunks(&head),
+        session_alive: !over,
+        state: status.state.as_str(),
+        tail: chunks(&tail),
+    }))
+}
+
+/// An answer with the two ends of the output.
+#[derive(Serialize)]
+struct HeadTail<'a> {
+    exit: Option<Value>,
+    exit_code: Option<i32>,
+    head: Vec<Chunk<'a>>,
+    session_alive: bool,
+    state: &'static str,
+    tail: Vec<Chunk<'a>>,
 }
 
 /// Bytes of the session that can no longer be read.
@@ -261,21 +292,43 @@ fn stream_name(tag: u8) -> &'static str {
     }
 }
 
-fn chunks(page: &Page) -> Vec<Value> {
-    page.records.iter().map(chunk).collect()
+/// A record as callers see it.
+#[derive(Serialize)]
+struct Chunk<'a> {
+    #[serde(serialize_with = "base64")]
+    data_b64: &'a [u8],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gap: Option<Missing>,
+    offset: u64,
+    seq: u64,
+    stream: &'static str,
 }
 
-fn chunk(record: &Record) -> Value {
-    let mut chunk = json!({
-        "seq": record.seq,
-        "stream": stream_name(record.tag),
-        "offset": record.offset,
-        "data_b64": STANDARD.encode(&record.bytes),
-    });
-    if let Some(gap) = &record.gap {
-        chunk["gap"] = json!({ "chunks": gap.chunks, "bytes": gap.bytes });
+/// What a gap stands for.
+#[derive(Serialize)]
+struct Missing {
+    bytes: Option<u64>,
+    chunks: u64,
+}
+
+impl<'a> From<&'a Record> for Chunk<'a> {
+    fn from(record: &'a Record) -> Self {
+        Self {
+            data_b64: &record.bytes,
+            gap: record.gap.map(|gap| Missing { bytes: gap.bytes, chunks: gap.chunks }),
+            offset: record.offset,
+            seq: record.seq,
+            stream: stream_name(record.tag),
+        }
     }
-    chunk
+}
+
+fn base64<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&Base64Display::new(bytes, &STANDARD))
+}
+
+fn chunks(page: &Page) -> Vec<Chunk<'_>> {
+    page.records.iter().map(Chunk::from).collect()
 }
 
 /// Everything that is known about the end.

@@ -354,6 +354,24 @@ impl Journal {
         self.reader.state().current = None;
     }
 
+    /// Leaves out the next `numbers`, as a hole of which readers are told. For an owner who finds less than it may have
+    /// shown to readers before: what it appends from here on keeps the numbers that it had then.
+    ///
+    /// # Errors
+    /// As [`Journal::append`].
+    pub fn skip(&mut self, numbers: u64) -> Result<(), JournalError> {
+        let mut head = self.reader.state().head.clone();
+        head.next_seq = head.next_seq.saturating_add(numbers);
+        let mut runs = Vec::new();
+        if !self.in_memory {
+            let run = Run::fresh(&head);
+            self.write(std::slice::from_ref(&run))?;
+            runs.push(run.publishable(0));
+        }
+        self.reader.skip(runs, head, self.current.clone());
+        Ok(())
+    }
+
     fn with(reader: JournalReader, limits: Limits) -> Self {
         let limits = Limits { spill_bytes_max: limits.spill_bytes_max.max(2 * SEGMENT_BYTES_MIN), ..limits };
         Self {

@@ -150,6 +150,12 @@ impl JournalReader {
         self.shared.newest_seq.store(newest_seq, Ordering::Release);
     }
 
+    /// The same, where the numbers up to those of `head` are left out.
+    pub(super) fn skip(&self, runs: Vec<Written>, head: Head, current: Option<Arc<File>>) {
+        self.state().tail.restart(head.next_seq, head.offsets());
+        self.publish(runs, head, current);
+    }
+
     fn collect(&self, after_seq: u64, wish: Wish) -> Result<Page, JournalError> {
         let (origin, first_available_seq) = {
             let state = self.state();

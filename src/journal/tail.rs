@@ -43,6 +43,12 @@ impl Tail {
         }
     }
 
+    /// Lets go of all records, and goes on with `first_seq`, before which the streams stand at `floor`.
+    pub(super) fn restart(&mut self, first_seq: u64, floor: Offsets) {
+        let bytes_max = self.bytes_max;
+        *self = Self::new(first_seq, floor, bytes_max);
+    }
+
     /// Lets go of all records before `seq`.
     pub(super) fn drop_before(&mut self, seq: u64) {
         while self.first_seq < seq && !self.records.is_empty() {

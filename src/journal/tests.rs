@@ -282,6 +282,35 @@ fn a_journal_in_memory_forgets_exactly_what_no_longer_fits() {
 }
 
 #[test]
+fn numbers_that_are_left_out_are_a_hole_on_disk_in_memory_and_after_reopening() {
+    let dir = ScratchDir::new();
+    let check = |journal: &Journal, kept: &[u8]| {
+        let first = journal.reader().page(0, None, KIB).unwrap();
+        let kept_seqs = first.records.iter().map(|record| record.seq).collect::<Vec<_>>();
+        let page = if kept_seqs == [1] { journal.reader().page(1, None, KIB).unwrap() } else { first };
+        let lost = page.lost.unwrap();
+        assert_eq!((lost.seqs.end, lost.resume), (10, vec![(0, kept.len() as u64)]));
+        assert_eq!((page.records[0].seq, page.records[0].offset, page.next_seq), (10, kept.len() as u64, 10));
+        assert_eq!(total(journal).lost_bytes, 0);
+    };
+    let mut on_disk = journal(&dir);
+    put(&mut on_disk, 0, b"one").unwrap();
+    on_disk.skip(8).unwrap();
+    assert_eq!(on_disk.reader().page(5, None, KIB).unwrap().lost.unwrap().seqs, 6..10, "before anything follows");
+    put(&mut on_disk, 0, b"ten").unwrap();
+    check(&on_disk, b"one");
+    drop(on_disk);
+    let mut reopened = Journal::open(dir.path(), limits(Full::DropOldest)).unwrap();
+    check(&reopened, b"one");
+    assert_eq!(put(&mut reopened, 0, b"more").unwrap(), 11..12);
+
+    let mut in_memory = Journal::in_memory(1, limits(Full::DropOldest));
+    in_memory.skip(9).unwrap();
+    put(&mut in_memory, 0, b"ten").unwrap();
+    check(&in_memory, b"");
+}
+
+#[test]
 fn a_file_deleted_while_it_is_read_stays_readable_and_a_lookup_after_it_moves_on() {
     let dir = ScratchDir::new();
     let mut journal = journal(&dir);

@@ -12,7 +12,7 @@ mod stdin;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -362,6 +362,26 @@ impl Drop for Landing {
     }
 }
 
+/// A journal for a process that is about to start; in memory where the disk refuses one, since that must not stop the
+/// process.
+fn new_journal(path: &Path, limits: Limits) -> Result<Journal, JournalError> {
+    match Journal::create(path, FIRST_SEQ, limits) {
+        Err(JournalError::Disk(error)) => {
+            tracing::error!(%error, "output is kept in memory only: the disk failed");
+            Ok(Journal::in_memory(FIRST_SEQ, limits))
+        }
+        created => created,
+    }
+}
+
+/// Work on the disk, beside the runtime.
+async fn on_disk<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, JournalError> + Send + 'static,
+) -> Result<T, JournalError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(JournalError::Disk(std::io::Error::other(error))))
+}
+
 /// What the sessions of a gateway share.
 pub struct Sessions {
     settings: config::Sessions,
@@ -440,17 +460,23 @@ impl Sessions {
     }
 
     async fn take_up(self: &Arc<Self>, row: SessionRow) -> Result<(), SessionError> {
-        let request = serde_json::from_str(&row.request).map_err(|error| JournalError::Disk(error.into()))?;
+        let request: StartRequest =
+            serde_json::from_str(&row.request).map_err(|error| JournalError::Disk(error.into()))?;
         let (path, limits) = (self.directory_of(&row.id), self.limits());
-        let opened = tokio::task::spawn_blocking(move || match Journal::open(&path, limits) {
-            // Reserved, and the gateway was gone before there was output; or nothing usable is left.
+        let (over, tty) = (row.state.is_final(), request.tty);
+        let journal = on_disk(move || match Journal::open(&path, limits) {
+            // Reserved, and the gateway was gone before there was output; or its output was kept in memory only.
             Err(JournalError::Missing) => {
                 Journal::remove(&path)?;
-                Journal::create(&path, FIRST_SEQ, limits)
+                let mut journal = new_journal(&path, limits)?;
+                if over {
+                    process::name_as_lost(&mut journal, tty)?;
+                }
+                Ok(journal)
             }
             journal => journal,
         });
-        let journal = opened.await.map_err(|error| JournalError::Disk(std::io::Error::other(error)))??;
+        let journal = journal.await?;
         // The bound may have been lowered since it was started.
         let Some(place) = self.session_places.take(&row.workspace, usize::MAX) else { return Ok(()) };
         self.enter(row, request, journal, place, None);
@@ -599,11 +625,12 @@ impl Sessions {
         // After the reservation: a start that is found takes no place.
         let places_max = self.settings.workspace_max;
         let place = self.session_places.take(&row.workspace, places_max);
-        let created = place.ok_or(SessionError::TooMany(places_max)).and_then(|place| {
-            let journal = Journal::create(&self.directory_of(&row.id), FIRST_SEQ, self.limits())?;
-            Ok((place, journal))
-        });
-        match created {
+        let created = async {
+            let place = place.ok_or(SessionError::TooMany(places_max))?;
+            let (path, limits) = (self.directory_of(&row.id), self.limits());
+            Ok((place, on_disk(move || new_journal(&path, limits)).await?))
+        };
+        match created.await {
             Ok((place, journal)) => Ok(self.enter(row, request, journal, place, Some(binding))),
             Err(error) => {
                 self.store.forget_session(&row.id).await?;

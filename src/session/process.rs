@@ -108,6 +108,9 @@ struct Task {
     binding: Option<Binding>,
     /// The executor's newest number that the journal has.
     mark: u64,
+    /// Until its ring is read for the first time: readers may have seen more of the output than the journal has now, from
+    /// the memory of an earlier gateway process.
+    restored: bool,
     /// Events by their number that wait for one before them: the executor tells output and errors from different places,
     /// so the order of arrival is not quite that of the numbers.
     early: BTreeMap<u64, Event>,
@@ -128,6 +131,7 @@ enum Event {
 pub(super) async fn run(sessions: Arc<Sessions>, session: Arc<Session>, journal: Journal, binding: Option<Binding>) {
     let stop = sessions.stop.clone();
     let mark = journal.reader().last_mark().unwrap_or(0);
+    let restored = binding.is_none();
     let timeout = session.request.timeout_ms.map(Duration::from_millis);
     let age = session.created_at.elapsed().unwrap_or_default();
     let deadline = timeout.map(|timeout| Instant::now() + timeout.saturating_sub(age));
@@ -137,6 +141,7 @@ pub(super) async fn run(sessions: Arc<Sessions>, session: Arc<Session>, journal:
         journal: Some(journal),
         binding,
         mark,
+        restored,
         early: BTreeMap::new(),
         exit_code: None,
         exit_told: false,
@@ -328,12 +333,19 @@ impl Task {
         // The ring holds the newest chunks without a hole. So a number before its first chunk is that of a chunk that
         // was lost, and one behind it that is not there stands for the exit or for the end.
         let end = page.next_seq.saturating_sub(1);
-        let oldest = page.chunks.first().map_or(page.next_seq, |chunk| chunk.seq);
+        // The newest chunk is always there: without any none is missing, and what has a number is exit and end.
+        let oldest = page.chunks.first().map_or(0, |chunk| chunk.seq);
         for chunk in page.chunks {
             let event = Event::Output { stream: chunk.stream, bytes: chunk.chunk.0 };
             self.early.entry(chunk.seq).or_insert(event);
         }
         let mut records = Records::default();
+        if std::mem::take(&mut self.restored) {
+            // A chunk has a number each, here and there. What stands for the missing ones has the last of theirs, so that
+            // no chunk behind it comes under a number that a reader has passed already.
+            let missing = oldest.saturating_sub(self.mark + 1);
+            records.skip(missing.saturating_sub(gap_tags(self.session.request.tty).len() as u64));
+        }
         let (mut missing, mut without_chunk) = (0, 0);
         while self.mark < end {
             self.mark += 1;
@@ -530,9 +542,22 @@ struct Records(Vec<Record>);
 enum Record {
     Output { tag: u8, mark: u64, bytes: Vec<u8> },
     Missing { chunks: u64, mark: u64 },
+    Skipped { numbers: u64 },
+}
+
+/// Streams of which missing chunks may be: nobody knows which.
+fn gap_tags(tty: bool) -> &'static [u8] {
+    if tty { &[2] } else { &[0, 1] }
 }
 
 impl Records {
+    /// Leaves out numbers of the journal.
+    fn skip(&mut self, numbers: u64) {
+        if numbers > 0 {
+            self.0.push(Record::Skipped { numbers });
+        }
+    }
+
     fn output(&mut self, mark: u64, stream: OutputStream, bytes: Vec<u8>) {
         let tag = match stream {
             OutputStream::Stdout => 0,
@@ -553,7 +578,7 @@ impl Records {
     fn one_less_missing(&mut self) {
         let first = self.0.iter_mut().find_map(|record| match record {
             Record::Missing { chunks, .. } => Some(chunks),
-            Record::Output { .. } => None,
+            Record::Output { .. } | Record::Skipped { .. } => None,
         });
         if let Some(chunks) = first {
             *chunks -= 1;
@@ -581,18 +606,30 @@ impl Records {
                 Record::Missing { chunks, mark } if *chunks > 0 => {
                     result = result.and(append(journal, &std::mem::take(&mut outputs)));
                     bytes_waiting = 0;
-                    // Nobody knows which stream the missing chunks were of, so neither is whole any more.
-                    let tags: &[(u8, u64)] = if tty { &[(2, *chunks)] } else { &[(0, *chunks), (1, 0)] };
-                    for (tag, chunks) in tags {
-                        let gap = |journal: &mut Journal| journal.append_gap(*tag, None, *chunks, *mark).map(drop);
+                    // Counted once; none of the streams is whole any more.
+                    for (nth, tag) in gap_tags(tty).iter().enumerate() {
+                        let chunks = if nth == 0 { *chunks } else { 0 };
+                        let gap = |journal: &mut Journal| journal.append_gap(*tag, None, chunks, *mark).map(drop);
                         result = result.and(or_in_memory(journal, gap));
                     }
                 }
                 Record::Missing { .. } => {}
+                // Always the first.
+                Record::Skipped { numbers } => {
+                    result = result.and(or_in_memory(journal, |journal| journal.skip(*numbers)));
+                }
             }
         }
         result.and(append(journal, &outputs))
     }
+}
+
+/// Says in the journal of a session that is over that nobody knows what it printed.
+pub(super) fn name_as_lost(journal: &mut Journal, tty: bool) -> Result<(), JournalError> {
+    for tag in gap_tags(tty) {
+        or_in_memory(journal, |journal| journal.append_gap(*tag, None, 0, 0).map(drop))?;
+    }
+    Ok(())
 }
 
 fn append(journal: &mut Journal, outputs: &[Append<'_>]) -> Result<(), JournalError> {

@@ -31,6 +31,7 @@ impl Wire {
         let mut bytes = Vec::new();
         // A reset is a close too.
         let _ = timeout(PATIENCE, self.0.read_to_end(&mut bytes)).await.expect("the gateway closes the connection");
-        String::from_utf8(bytes).unwrap()
+        // After an upgrade frames follow, which are no text.
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 }

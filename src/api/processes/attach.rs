@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures_util::{FutureExt, Sink, SinkExt, Stream, StreamExt};
 use hyper::body::Incoming;
 use hyper::{Request, Response};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
@@ -24,7 +24,7 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 use tokio_util::task::TaskTracker;
 
 use super::live::{Cut, Follow, Live, Step};
-use super::{OutputQuery, StdinBody, TerminateBody, chunk, exit, lost, object};
+use super::{Chunk, OutputQuery, StdinBody, TerminateBody, exit, lost, object};
 use crate::api::error::ApiError;
 use crate::api::{Api, credential};
 use crate::auth::AuthError;
@@ -341,23 +341,30 @@ impl Attached {
 }
 
 fn page_messages(page: &Page) -> Vec<Message> {
-    let hole = page.lost.iter().map(|hole| typed("lost", lost(hole)));
+    let hole = page.lost.iter().map(|hole| text(&typed("lost", lost(hole))));
     let records = page.records.iter().map(|record| {
         let name = if record.gap.is_some() { "gap" } else { "chunk" };
-        typed(name, chunk(record))
+        text(&typed(name, Chunk::from(record)))
     });
-    hole.chain(records).map(|message| text(&message)).collect()
+    hole.chain(records).collect()
 }
 
-fn typed(name: &str, mut message: Value) -> Value {
-    message["type"] = json!(name);
-    message
+/// A message with its name beside what it says.
+#[derive(Serialize)]
+struct Typed<T> {
+    #[serde(flatten)]
+    message: T,
+    r#type: &'static str,
+}
+
+fn typed<T>(name: &'static str, message: T) -> Typed<T> {
+    Typed { message, r#type: name }
 }
 
 fn error(error: &ApiError) -> Value {
     json!({ "type": "error", "code": error.code(), "message": error.message() })
 }
 
-fn text(message: &Value) -> Message {
-    Message::text(message.to_string())
+fn text(message: &impl Serialize) -> Message {
+    Message::text(serde_json::to_string(message).expect("what the API tells is plain data"))
 }

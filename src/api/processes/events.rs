@@ -13,13 +13,14 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::{HeaderMap, Request, Response};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use super::live::{Cut, Follow, Live, Step};
-use super::{OutputQuery, bad_request, chunk, exit, lost};
+use super::{Chunk, OutputQuery, bad_request, exit, lost};
 use crate::api::error::ApiError;
-use crate::api::{Api, credential};
+use crate::api::{Api, credential, write_json};
 use crate::edge::body::Body;
 use crate::edge::listener::Ending;
 use crate::journal::Page;
@@ -82,7 +83,7 @@ struct Events {
 
 impl Events {
     /// The next piece, and what makes the one after it.
-    async fn next(mut self) -> (String, Option<Self>) {
+    async fn next(mut self) -> (Vec<u8>, Option<Self>) {
         let step = tokio::select! {
             biased;
             cut = &mut self.cut => return (farewell(&cut), None),
@@ -91,33 +92,33 @@ impl Events {
         match step {
             Err(_) => {
                 self.session.touch();
-                (": keep-alive\n\n".to_owned(), Some(self))
+                (b": keep-alive\n\n".to_vec(), Some(self))
             }
             Ok(Ok(Step::Page(page))) => (page_events(&page), Some(self)),
-            Ok(Ok(Step::Exit)) => (event("exit", None, &exit(&self.session)), None),
-            Ok(Err(error)) => (event("failed", None, &told(&error)), None),
+            Ok(Ok(Step::Exit)) => (event(Vec::new(), "exit", None, &exit(&self.session)), None),
+            Ok(Err(error)) => (event(Vec::new(), "failed", None, &told(&error)), None),
         }
     }
 }
 
-fn page_events(page: &Page) -> String {
-    let mut text = String::new();
+fn page_events(page: &Page) -> Vec<u8> {
+    let mut text = Vec::new();
     if let Some(hole) = &page.lost {
-        text.push_str(&event("lost", Some(hole.seqs.end.saturating_sub(1)), &lost(hole)));
+        text = event(text, "lost", Some(hole.seqs.end.saturating_sub(1)), &lost(hole));
     }
     for record in &page.records {
         let name = if record.gap.is_some() { "gap" } else { "chunk" };
-        text.push_str(&event(name, Some(record.seq), &chunk(record)));
+        text = event(text, name, Some(record.seq), &Chunk::from(record));
     }
     text
 }
 
-fn farewell(cut: &Cut) -> String {
+fn farewell(cut: &Cut) -> Vec<u8> {
     match cut {
-        Cut::Draining => format!("retry: {RETRY_MS}\n{}", event("draining", None, &json!({}))),
-        Cut::Forgotten => event("forgotten", None, &json!({})),
+        Cut::Draining => event(format!("retry: {RETRY_MS}\n").into_bytes(), "draining", None, &json!({})),
+        Cut::Forgotten => event(Vec::new(), "forgotten", None, &json!({})),
         // Whoever holds the credential is told as at any door.
-        Cut::Refused(refused) => event("revoked", None, &told(&ApiError::from(refused.clone()))),
+        Cut::Refused(refused) => event(Vec::new(), "revoked", None, &told(&ApiError::from(refused.clone()))),
     }
 }
 
@@ -125,12 +126,15 @@ fn told(error: &ApiError) -> Value {
     json!({ "code": error.code(), "message": error.message() })
 }
 
-/// One event; JSON on one line has no line breaks that would end it early.
-fn event(name: &str, id: Option<u64>, data: &Value) -> String {
-    match id {
-        Some(id) => format!("id: {id}\nevent: {name}\ndata: {data}\n\n"),
-        None => format!("event: {name}\ndata: {data}\n\n"),
+/// Text with one event more; JSON on one line has no line breaks that would end it early.
+fn event(mut text: Vec<u8>, name: &str, id: Option<u64>, data: &impl Serialize) -> Vec<u8> {
+    if let Some(id) = id {
+        text.extend_from_slice(format!("id: {id}\n").as_bytes());
     }
+    text.extend_from_slice(format!("event: {name}\ndata: ").as_bytes());
+    write_json(&mut text, data);
+    text.extend_from_slice(b"\n\n");
+    text
 }
 
 #[cfg(test)]
@@ -160,7 +164,7 @@ mod tests {
         let lost = Some(Lost { seqs: 3..9, resume: vec![(1, 30)] });
         let page = Page { records: vec![gap], next_seq: 9, first_available_seq: 9, lost, end: true };
         assert_eq!(
-            page_events(&page),
+            String::from_utf8(page_events(&page)).unwrap(),
             "id: 8\nevent: lost\ndata: {\"from_seq\":3,\"resume_offsets\":{\"stderr\":30},\"to_seq\":9}\n\n\
              id: 9\nevent: gap\ndata: {\"data_b64\":\"\",\"gap\":{\"bytes\":5,\"chunks\":2},\"offset\":30,\"seq\":9,\
              \"stream\":\"stderr\"}\n\n"

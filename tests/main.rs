@@ -4,13 +4,18 @@
 mod support;
 
 mod attach;
+mod bridge_faults;
 mod cli;
+mod codex_harness;
+mod compat;
 mod endure;
 mod files;
+mod flavours;
 mod harness;
 mod limits;
 mod links;
 mod registration;
+mod relink;
 mod rest;
 mod restart;
 mod sessions;

@@ -15,7 +15,6 @@ use exec_gateway::protocol::rpc::{
 };
 use futures_util::{SinkExt, StreamExt};
 use serde_json::json;
-use support::codex::CodexListener;
 use support::{CodexExecutor, MIB, TestGateway};
 use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
@@ -91,15 +90,15 @@ fn print() -> [String; 3] {
 
 /// A plain listener and the one client it has.
 struct Straight {
-    _listener: CodexListener,
+    _listener: CodexExecutor,
     socket: WebSocketStream<TcpStream>,
     next: i64,
 }
 
 impl Straight {
     async fn start() -> Self {
-        let listener = CodexListener::start().await;
-        let socket = rig::dial(listener.address, &listener.url).await;
+        let (listener, url) = CodexExecutor::listening().await;
+        let socket = rig::dial(url.trim_start_matches("ws://").parse().unwrap(), &url).await;
         let mut straight = Self { _listener: listener, socket, next: 0 };
         straight.call(&Initialize { client_name: "bench".into(), resume_session_id: None }).await;
         straight.send(encode_notification(INITIALIZED, &json!({}))).await;

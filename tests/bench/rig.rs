@@ -60,11 +60,16 @@ pub fn argument(default: usize) -> usize {
 
 /// A caller of workspace `w` and the credentials of its environment `box`, made at a running daemon.
 pub async fn workspace(state: &Scratch, daemon: &DaemonProcess) -> (Caller, Credentials) {
-    let text = |value: &Value| value.as_str().unwrap().to_owned();
     let token = DaemonProcess::operate(state, &["token", "create", "--workspace", "w"]).await;
-    let executor = DaemonProcess::operate(state, &["executor", "create", "--workspace", "w", "--name", "box"]).await;
-    let credentials = Credentials { executor: text(&executor["exe_id"]), token: text(&executor["token"]) };
-    (Caller::new(daemon.address, Some(text(&token["token"]))), credentials)
+    let token = token["token"].as_str().unwrap().to_owned();
+    (Caller::new(daemon.address, Some(token)), executor(state, "box").await)
+}
+
+/// The credentials of another environment of workspace `w`, made at a running daemon.
+pub async fn executor(state: &Scratch, name: &str) -> Credentials {
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let executor = DaemonProcess::operate(state, &["executor", "create", "--workspace", "w", "--name", name]).await;
+    Credentials { executor: text(&executor["exe_id"]), token: text(&executor["token"]) }
 }
 
 /// Makes an executor through the admin socket of a running daemon.

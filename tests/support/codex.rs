@@ -1,6 +1,5 @@
 //! The real executor: `codex exec-server --remote` of the pinned version, unmodified.
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -26,6 +25,31 @@ pub fn program() -> PathBuf {
     program
 }
 
+/// The program with these arguments, a home of its own and nothing of this process's variables.
+pub fn process(home: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program());
+    command
+        .args(arguments)
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .env("HOME", home)
+        .env("CODEX_HOME", home)
+        .env("NO_PROXY", "127.0.0.1,localhost")
+        .current_dir(home)
+        .stderr(if std::env::var_os("EXECUTOR_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
+        // Its own process group: the launcher has a native child, and both must end with the test.
+        .process_group(0)
+        .kill_on_drop(true);
+    command
+}
+
+/// Kills launcher and program at once.
+pub fn kill_group(child: &Child) {
+    if let Some(pid) = child.id() {
+        let _ = std::process::Command::new("kill").args(["-KILL", "--", &format!("-{pid}")]).status();
+    }
+}
+
 impl CodexExecutor {
     /// Starts an executor that registers at the gateway of this base URL.
     pub async fn start(url: &str, credentials: &Credentials) -> Self {
@@ -35,18 +59,42 @@ impl CodexExecutor {
     /// Starts an executor whose command line, variables or directory are changed before; the path is its home.
     pub async fn start_with(url: &str, credentials: &Credentials, change: impl FnOnce(&mut Command, &Path)) -> Self {
         let home = Scratch::new();
-        let mut command = Command::new(program());
-        command
-            .args(["exec-server", "--remote", url, "--environment-id", &credentials.executor])
-            .arg("--registration-bearer-stdin")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null());
-        surround(&mut command, home.path());
+        let remote = ["exec-server", "--remote", url, "--environment-id", &credentials.executor];
+        let mut command = process(home.path(), &[&remote[..], &["--registration-bearer-stdin"]].concat());
+        command.stdin(Stdio::piped()).stdout(Stdio::null());
         change(&mut command, home.path());
         let mut child = command.spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
         stdin.write_all(format!("{}\n", credentials.token).as_bytes()).await.unwrap();
         Self { child, home }
+    }
+
+    /// Starts an executor on the direct transport: plain JSON-RPC, signed requests.
+    pub fn start_direct(url: &str, credentials: &Credentials, change: impl FnOnce(&mut Command)) -> Self {
+        let home = Scratch::new();
+        let remote = ["exec-server", "--remote", url, "--environment-id", &credentials.executor];
+        let mut command =
+            process(home.path(), &[&remote[..], &["--remote-transport", "direct", "--aws-sigv4"]].concat());
+        command
+            .env("AWS_ACCESS_KEY_ID", &credentials.executor)
+            .env("AWS_SECRET_ACCESS_KEY", &credentials.token)
+            .env("AWS_REGION", "eu-north-1")
+            .env("AWS_EC2_METADATA_DISABLED", "true")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        change(&mut command);
+        Self { child: command.spawn().unwrap(), home }
+    }
+
+    /// Starts an executor that listens, and gives the URL of its plain JSON-RPC.
+    pub async fn listening() -> (Self, String) {
+        let home = Scratch::new();
+        let mut command = process(home.path(), &["exec-server", "--listen", "ws://127.0.0.1:0"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let url = lines.next_line().await.unwrap().expect("the executor tells its URL");
+        (Self { child, home }, url)
     }
 
     /// Starts an executor and waits until the caller sees it.
@@ -88,61 +136,6 @@ impl CodexExecutor {
 impl Drop for CodexExecutor {
     fn drop(&mut self) {
         self.kill();
-    }
-}
-
-/// The same program as it serves clients by itself, in plain JSON-RPC.
-pub struct CodexListener {
-    child: Child,
-    home: Scratch,
-    pub address: SocketAddr,
-    pub url: String,
-}
-
-impl CodexListener {
-    pub async fn start() -> Self {
-        let home = Scratch::new();
-        let mut command = Command::new(program());
-        command.args(["exec-server", "--listen", "ws://127.0.0.1:0"]);
-        surround(&mut command, home.path());
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let url = lines.next_line().await.unwrap().expect("the listener tells its URL");
-        let address = url.trim_start_matches("ws://").trim_end_matches('/').parse().unwrap();
-        Self { child, home, address, url }
-    }
-
-    /// Its home and working directory.
-    pub fn home(&self) -> &Path {
-        self.home.path()
-    }
-}
-
-impl Drop for CodexListener {
-    fn drop(&mut self) {
-        kill_group(&self.child);
-    }
-}
-
-/// Gives codex a clean environment and a process group of its own: the launcher has a native child, and both must end
-/// with the test.
-fn surround(command: &mut Command, home: &Path) {
-    command
-        .env_clear()
-        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-        .env("HOME", home)
-        .env("CODEX_HOME", home)
-        .env("NO_PROXY", "127.0.0.1,localhost")
-        .current_dir(home)
-        .stderr(if std::env::var_os("EXECUTOR_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
-        .process_group(0)
-        .kill_on_drop(true);
-}
-
-/// Kills launcher and executor at once.
-fn kill_group(child: &Child) {
-    if let Some(pid) = child.id() {
-        let _ = std::process::Command::new("kill").args(["-KILL", "--", &format!("-{pid}")]).status();
     }
 }
 

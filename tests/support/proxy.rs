@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
@@ -16,21 +15,8 @@ pub struct Proxy {
     stop: CancellationToken,
 }
 
-/// Pause before a target that is away is tried again.
-const RETRY_PAUSE: Duration = Duration::from_millis(20);
-
 impl Proxy {
     pub async fn to(target: SocketAddr) -> Self {
-        Self::start(target, false).await
-    }
-
-    /// One that holds a connection until its target is there, as does the kernel for a daemon whose listening socket
-    /// outlives it.
-    pub async fn holding(target: SocketAddr) -> Self {
-        Self::start(target, true).await
-    }
-
-    async fn start(target: SocketAddr, holds: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let connections = Arc::new(std::sync::Mutex::new(CancellationToken::new()));
@@ -50,18 +36,9 @@ impl Proxy {
                     }
                     let (cut, stop) = (connections.lock().unwrap().clone(), stop.clone());
                     tokio::spawn(async move {
-                        let forward = async {
-                            let mut outer = loop {
-                                match TcpStream::connect(target).await {
-                                    Ok(outer) => break outer,
-                                    Err(_) if holds => tokio::time::sleep(RETRY_PAUSE).await,
-                                    Err(_) => return,
-                                }
-                            };
-                            let _ = tokio::io::copy_bidirectional(&mut inner, &mut outer).await;
-                        };
+                        let Ok(mut outer) = TcpStream::connect(target).await else { return };
                         tokio::select! {
-                            () = forward => {}
+                            _ = tokio::io::copy_bidirectional(&mut inner, &mut outer) => {}
                             () = cut.cancelled() => {}
                             () = stop.cancelled() => {}
                         }

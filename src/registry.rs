@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use crate::protocol::ids::{ExecutorId, RegistrationId, WorkspaceId};
 use crate::relay::link::{CloseReason, LinkHandle};
+use crate::relay::shared::Shared;
 use crate::store::Binding;
 
 /// All connected executors of this gateway.
@@ -21,6 +22,8 @@ pub struct Registry {
     /// When an executor that is not connected was last known to be. Bounded by the executors in the store: only
     /// registered ones connect, and entries leave with [`Registry::forget`].
     seen: DashMap<ExecutorId, Instant>,
+    /// What is left of a shared socket, for the executor's next one; bounded as `seen`.
+    left: DashMap<ExecutorId, Box<Shared>>,
     changes: watch::Sender<u64>,
 }
 
@@ -32,8 +35,17 @@ struct Connected {
 
 impl Default for Registry {
     fn default() -> Self {
-        Self { links: DashMap::new(), seen: DashMap::new(), changes: watch::Sender::new(0) }
+        Self { links: DashMap::new(), seen: DashMap::new(), left: DashMap::new(), changes: watch::Sender::new(0) }
     }
+}
+
+/// A connected executor's times.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Presence {
+    /// When it connected.
+    pub since: SystemTime,
+    /// When it was last heard.
+    pub heard: SystemTime,
 }
 
 /// The executor has no link and none came in time.
@@ -49,8 +61,13 @@ impl Registry {
 
     /// When a bound executor connected, if it is connected.
     pub fn connected_since(&self, binding: &Binding) -> Option<SystemTime> {
+        self.presence(binding).map(|presence| presence.since)
+    }
+
+    /// Since when a bound executor is connected and when it was last heard, if it is connected.
+    pub fn presence(&self, binding: &Binding) -> Option<Presence> {
         let connected = self.links.get(binding.executor()).filter(|connected| !connected.link.is_ended())?;
-        Some(connected.since)
+        Some(Presence { since: connected.since, heard: SystemTime::now() - connected.link.silence() })
     }
 
     /// Counts executors that came or left: what was read of this registry holds while it stays the same.
@@ -119,6 +136,34 @@ impl Registry {
         Attached { registry: self.clone(), link }
     }
 
+    /// Has an executor's link closed, and waits until it has given up its place, at most `wait`.
+    pub async fn vacate(&self, executor: &ExecutorId, wait: Duration) {
+        let mut changes = self.changes.subscribe();
+        let Some(former) = self.current(executor) else { return };
+        former.close(CloseReason::Replaced);
+        let gone = async {
+            while self.current(executor).is_some_and(|link| link.id() == former.id()) {
+                // The sender lives in self, so this only returns on a change.
+                let _ = changes.changed().await;
+            }
+        };
+        let _ = tokio::time::timeout(wait, gone).await;
+    }
+
+    /// Keeps what is left of a shared socket for the executor's next one.
+    pub fn leave(&self, executor: &ExecutorId, shared: Box<Shared>) {
+        let now = Instant::now();
+        self.left.retain(|_, shared| shared.kept_until().is_some_and(|until| until > now));
+        if shared.kept_until().is_some() {
+            self.left.insert(executor.clone(), shared);
+        }
+    }
+
+    /// Takes what is left of the executor's former shared socket.
+    pub fn take_left(&self, executor: &ExecutorId) -> Option<Box<Shared>> {
+        self.left.remove(executor).map(|(_, shared)| shared)
+    }
+
     /// Records that executors were connected shortly before this gateway started.
     pub fn remember(&self, executor: ExecutorId, ago: Duration) {
         if let Some(at) = Instant::now().checked_sub(ago) {
@@ -132,6 +177,7 @@ impl Registry {
             link.close(CloseReason::Deleted);
         }
         self.seen.remove(executor);
+        self.left.remove(executor);
     }
 
     /// Ends the streams of a workspace that may reach this executor, or any if none is named, no more.

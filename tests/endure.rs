@@ -260,6 +260,37 @@ async fn an_exit_among_output_that_is_fetched_later_is_not_taken_for_a_loss() {
     assert_eq!(printed.last["exit"]["streams"]["stdout"]["exact"], true);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exit_before_the_gateway_was_killed_is_not_taken_for_one_of_the_chunks_lost_meanwhile() {
+    let mut rig = Rig::start().await;
+    let piece = 8192;
+    let bytes = noise(6, 512 * piece);
+    std::fs::write(rig.file("block"), &bytes).unwrap();
+    // What was left behind prints when the process itself is over, in pieces that become one chunk each.
+    let command = "main=$$; (while kill -0 $main; do sleep 0.02; done; echo late; \
+                   while [ ! -e go ]; do sleep 0.02; done; dd if=block bs=8192; touch done) 2>/dev/null & exit 5";
+    let caller = rig.caller.clone();
+    let session = start(&caller, json!({ "command": command, "stdin": "none" })).await;
+    session.prints("late").await;
+    rig.daemon.take().unwrap().kill().await;
+    std::fs::write(rig.file("go"), "").unwrap();
+    eventually("all is printed", async || rig.file("done").exists().then_some(())).await;
+    rig.daemon = Some(DaemonProcess::start(&rig.state, rig.address, &[]).await);
+
+    let (mut kept, mut lost) = (0, 0);
+    let last = session
+        .follow(8 * MIB, |page| {
+            for chunk in page["chunks"].as_array().unwrap() {
+                kept += bytes_of(chunk).len();
+                lost += chunk["gap"]["chunks"].as_u64().unwrap_or(0) as usize;
+            }
+        })
+        .await;
+    assert_eq!(kept + lost * piece, "late\n".len() + bytes.len(), "{lost} chunks lost");
+    assert!(lost > 0);
+    assert_eq!(last["exit_code"], 5);
+}
+
 /// Piece `number` of a long output: never the same as another.
 fn piece(number: usize, block: &[u8]) -> Vec<u8> {
     let mut piece = format!("{number:08}").into_bytes();

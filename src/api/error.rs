@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use hyper::header::{HeaderName, HeaderValue};
 
+use crate::admin::AdminError;
 use crate::auth::AuthError;
 use crate::edge::body::BodyError;
 use crate::edge::upgrade::UpgradeError;
@@ -159,6 +160,21 @@ impl From<UpgradeError> for ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         Self::new(503, "store_unavailable", "the gateway's store does not answer").retry_after(2).caused_by(&error)
+    }
+}
+
+impl From<AdminError> for ApiError {
+    fn from(error: AdminError) -> Self {
+        match error {
+            AdminError::Refused(message) => Self::new(400, "bad_request", message),
+            AdminError::NotFound(message) => Self::new(404, "not_found", message),
+            AdminError::Conflict(message) => Self::new(409, "conflict", message),
+            AdminError::Unavailable(_) | AdminError::Damaged(_) => {
+                Self::new(503, "store_unavailable", "the gateway's store does not answer")
+                    .retry_after(2)
+                    .caused_by(&error)
+            }
+        }
     }
 }
 

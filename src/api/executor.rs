@@ -9,26 +9,42 @@ use std::time::{Duration, SystemTime};
 use hyper::body::Incoming;
 use hyper::header::{HOST, HeaderName, HeaderValue};
 use hyper::{HeaderMap, Request, Response};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, sleep, timeout_at};
+use tokio_tungstenite::WebSocketStream;
 use uuid::Uuid;
 
 use super::error::ApiError;
-use super::{Api, harness, json, query_parameter};
+use super::{Api, credential, harness, json, query_parameter};
 use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
+use crate::auth::sigv4::SignedRequest;
+use crate::config::Secret;
 use crate::edge::body::{self, Body};
 use crate::edge::upgrade::{self, SocketLimits};
 use crate::ops::metrics::OutcomeLabel;
 use crate::protocol::ids::{ExecutorId, RegistrationId};
-use crate::protocol::rest::{RegisterRequest, RegisterResponse, SECURITY_PROFILE, ValidateRequest, ValidateResponse};
+use crate::protocol::rest::{
+    DIRECT_TRANSPORT, RegisterRequest, RegisterResponse, SECURITY_PROFILE, ValidateRequest, ValidateResponse,
+};
+use crate::protocol::rpc::ExecutorSessionId;
 use crate::protocol::ticket::TicketError;
+use crate::relay::greeting::{self, Former};
 use crate::relay::link::{self, LinkEnd, LinkHandle};
+use crate::relay::shared::Shared;
 use crate::store::{Registration, StoreError, Transport};
+use crate::workspace::Corridor;
 
 /// Pause between two tries inside a held request.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
 /// Largest register or validate; both are below 8 KiB.
 const BODY_BYTES_MAX: usize = 64 * 1024;
+
+/// What tells a dial of the direct transport before its registration is known: it must be refused in another way.
+const DIRECT_MARK: &str = "&t=direct";
+
+/// How long a socket waits for its predecessor to hand over the sessions of its callers.
+const VACATE_WAIT: Duration = Duration::from_secs(3);
 
 const REJECTION_REASON: HeaderName = HeaderName::from_static("x-codex-rendezvous-rejection-reason");
 
@@ -39,6 +55,8 @@ pub enum Door {
     Codex,
     /// `/agentx/environment/{id}/register`
     Agentx,
+    /// `/cloud/environment/{id}/direct/register`
+    Direct,
 }
 
 /// Why a held request has no answer yet.
@@ -49,6 +67,8 @@ enum Held {
     Store(StoreError),
     /// Another process of this executor is connected.
     Occupied,
+    /// The same, for an executor that would not wait on any answer.
+    Conflict,
 }
 
 /// A request that the executor waits for.
@@ -111,6 +131,9 @@ impl Held {
                 ApiError::new(503, "registration_conflict", "another process of this executor is connected")
                     .retry_after(5)
             }
+            Self::Conflict => {
+                ApiError::new(409, "registration_conflict", "another process of this executor is connected")
+            }
         }
     }
 }
@@ -145,9 +168,11 @@ async fn register_held(
         // What agentx sends is not needed, and older versions send nothing.
         Door::Agentx => Wanted { transport: Transport::Agentx, public_key: Vec::new() },
         Door::Codex => Wanted::parse(&body)?,
+        Door::Direct => Wanted::parse_direct(&body)?,
     };
+    let shown = SignedRequest { method: &head.method, uri: &head.uri, headers: &head.headers, body: &body };
     let registered = loop {
-        let attempt = store_registration(api, &executor, &wanted, &head.headers);
+        let attempt = store_registration(api, &executor, &wanted, shown);
         if let Some(registered) = hold.attempt(attempt).await? {
             break registered;
         }
@@ -161,9 +186,9 @@ async fn store_registration(
     api: &Api,
     executor: &ExecutorId,
     wanted: &Wanted,
-    headers: &HeaderMap,
+    shown: SignedRequest<'_>,
 ) -> Result<Registration, Attempt> {
-    let credential = verify(api, executor, headers).await?;
+    let credential = verify(api, executor, wanted.transport, shown).await?;
     let store = &api.corridor.store;
     let encrypted = wanted.transport == Transport::Noise;
     // The same key is the same process, which registers again after a refused dial.
@@ -172,7 +197,12 @@ async fn store_registration(
     let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
     if !api.corridor.registry.yields_to(executor, known.as_ref(), takeover_wait).await {
         // Only an encrypted executor can be told to wait.
-        return Err(if encrypted { Attempt::Final(Held::Occupied.as_error()) } else { Attempt::Again(Held::Occupied) });
+        return Err(match wanted.transport {
+            // It alone can be told to wait.
+            Transport::Noise => Attempt::Final(Held::Occupied.as_error()),
+            Transport::Relay => Attempt::Again(Held::Occupied),
+            Transport::Direct | Transport::Agentx => Attempt::Again(Held::Conflict),
+        });
     }
     let registration = Registration {
         id: known.unwrap_or_else(new_registration_id),
@@ -213,14 +243,36 @@ impl Wanted {
             Some(_) => Err(bad(format!("security_profile: expected {SECURITY_PROFILE}"))),
         }
     }
+
+    fn parse_direct(body: &[u8]) -> Result<Self, ApiError> {
+        let bad = |message: String| ApiError::new(400, "bad_request", message);
+        let request: RegisterRequest = serde_json::from_slice(body).map_err(|error| bad(error.to_string()))?;
+        if request.transport.as_deref() != Some(DIRECT_TRANSPORT) {
+            return Err(bad(format!("transport: expected {DIRECT_TRANSPORT}")));
+        }
+        Ok(Self { transport: Transport::Direct, public_key: Vec::new() })
+    }
 }
 
 fn new_registration_id() -> RegistrationId {
     RegistrationId::new(&format!("exr_{}", Uuid::new_v4())).expect("a UUID is a path id")
 }
 
-async fn verify(api: &Api, executor: &ExecutorId, headers: &HeaderMap) -> Result<ExecutorCredential, Attempt> {
-    api.corridor.auth.executors().verify(executor, headers).await.map_err(|error| match error {
+async fn verify(
+    api: &Api,
+    executor: &ExecutorId,
+    transport: Transport,
+    shown: SignedRequest<'_>,
+) -> Result<ExecutorCredential, Attempt> {
+    let executors = api.corridor.auth.executors();
+    let verified = match transport {
+        Transport::Direct => executors.verify_signed(executor, shown).await,
+        Transport::Noise | Transport::Relay | Transport::Agentx => executors.verify(executor, shown.headers).await,
+    };
+    verified.map_err(|error| match error {
+        ExecutorAuthError::NoSignatures => {
+            Attempt::Final(ApiError::new(403, "direct_transport_refused", error.to_string()))
+        }
         ExecutorAuthError::Unauthorized => Attempt::Final(unauthorized()),
         ExecutorAuthError::NotRegistered => Attempt::Final(ApiError::new(
             403,
@@ -235,12 +287,14 @@ fn answer(api: &Api, door: Door, registration: &Registration, headers: &HeaderMa
     let executor = &registration.executor;
     let ticket = api.corridor.auth.tickets().mint(executor);
     let base = websocket_base(api, headers);
-    let path = match door {
-        Door::Codex => "bridge",
-        Door::Agentx => "agentx",
+    let (path, mark) = match door {
+        Door::Codex => ("bridge", ""),
+        Door::Agentx => ("agentx", ""),
+        Door::Direct => ("bridge", DIRECT_MARK),
     };
     // Ids and tickets consist of characters that need no escaping in a query.
-    let url = format!("{base}/{path}/{executor}?token={ticket}&reg={}", registration.id);
+    let url = format!("{base}/{path}/{executor}?token={ticket}&reg={}{mark}", registration.id);
+    let direct = registration.transport == Transport::Direct;
     let encrypted = registration.transport == Transport::Noise;
     RegisterResponse {
         id: Some(executor.to_string()),
@@ -249,7 +303,8 @@ fn answer(api: &Api, door: Door, registration: &Registration, headers: &HeaderMa
         url,
         security_profile: encrypted.then(|| SECURITY_PROFILE.to_owned()),
         executor_registration_id: encrypted.then(|| registration.id.to_string()),
-        ..RegisterResponse::default()
+        transport: direct.then(|| DIRECT_TRANSPORT.to_owned()),
+        registration_id: direct.then(|| registration.id.to_string()),
     }
 }
 
@@ -335,14 +390,54 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     if registration.is_none() && !ticket.as_ref().is_some_and(of_executor) {
         return harness::open(api, id, request).await;
     }
+    serve_link(api, id, ticket, registration, request).await
+}
+
+/// `GET /cloud/relay/{registration}`: the same with the executor that has registered so. Its harnesses show their
+/// credential anywhere but in the query, where the executor has its ticket.
+pub async fn open_registered_link(
+    api: &Arc<Api>,
+    registration: &str,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, ApiError> {
+    let unknown = || register_again(false, "unknown_route");
+    let id = RegistrationId::new(registration).map_err(|_| unknown())?;
+    let stored = find_registration(api, &mut Hold::new(api), &id).await?;
+    let executor = stored.ok_or_else(unknown)?.executor;
+    let ticket = query_parameter(request.uri().query().unwrap_or_default(), "token");
+    if ticket.is_none() && credential::of_socket(&request).is_ok() {
+        return harness::open(api, executor.as_str(), request).await;
+    }
+    serve_link(api, executor.as_str(), ticket, Some(registration.to_owned()), request).await
+}
+
+async fn find_registration(api: &Api, hold: &mut Hold, id: &RegistrationId) -> Result<Option<Registration>, ApiError> {
+    loop {
+        let attempt = async { Ok(api.corridor.store.registration(id).await?) };
+        if let Some(stored) = hold.attempt(attempt).await? {
+            return Ok(stored);
+        }
+    }
+}
+
+async fn serve_link(
+    api: &Arc<Api>,
+    id: &str,
+    ticket: Option<String>,
+    registration: Option<String>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, ApiError> {
     // A registration without a ticket is still an executor, to whom 401 is never said.
     let ticket = ticket.unwrap_or_default();
     upgrade::check(request.headers())?;
     api.refuse_while_draining()?;
-    let unknown = || register_again("unknown_route");
+    let query = request.uri().query().unwrap_or_default();
+    let direct = query_parameter(query, "t").is_some_and(|transport| transport == "direct");
+    let again = |reason| register_again(direct, reason);
+    let unknown = || again("unknown_route");
     let executor = ExecutorId::new(id).map_err(|_| unknown())?;
     api.corridor.auth.tickets().verify(&ticket, &executor).map_err(|error| {
-        register_again(match error {
+        again(match error {
             TicketError::Expired => "expired",
             TicketError::BadSignature => "invalid_signature",
             TicketError::Malformed | TicketError::WrongExecutor => "unknown_route",
@@ -351,16 +446,16 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     let registration = registration.and_then(|id| RegistrationId::new(&id).ok()).ok_or_else(unknown)?;
     // The executor waits 10 s for the upgrade, as for a register.
     let mut hold = Hold::new(api);
-    let stored = loop {
-        let attempt = async { Ok(api.corridor.store.registration(&registration).await?) };
-        if let Some(stored) = hold.attempt(attempt).await? {
-            break stored;
-        }
-    };
+    let stored = find_registration(api, &mut hold, &registration).await?;
     let registration = stored.filter(|stored| stored.executor == executor).ok_or_else(unknown)?;
-    if registration.transport != Transport::Noise {
-        let message = "only encrypted executors are served yet";
-        return Err(ApiError::new(503, "unsupported_transport", message).retry_after(30));
+    let transport = registration.transport;
+    if direct != (transport == Transport::Direct) {
+        return Err(unknown());
+    }
+    if direct {
+        let (method, uri) = (request.method().clone(), request.uri().clone());
+        let shown = SignedRequest { method: &method, uri: &uri, headers: request.headers(), body: b"" };
+        while hold.attempt(may_dial(api, &executor, shown)).await?.is_none() {}
     }
     let registry = &api.corridor.registry;
     if registry.len() >= api.config.link.links_max && registry.current(&executor).is_none() {
@@ -369,23 +464,42 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
         );
     }
     let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
-    if !registry.yields_to(&executor, Some(&registration.id), takeover_wait).await {
-        // 5xx: it dials the same URL again (codex-exec-server.md §2.5).
-        return Err(Held::Occupied.as_error());
+    while !registry.yields_to(&executor, Some(&registration.id), takeover_wait).await {
+        if !transport.is_shared() {
+            // 5xx: it dials the same URL again (codex-exec-server.md §2.5).
+            return Err(Held::Occupied.as_error());
+        }
+        hold.attempt(async { Err::<(), _>(Attempt::Again(Held::Conflict)) }).await?;
     }
     let link = &api.corridor.link;
-    let limits = SocketLimits { read_buffer_bytes: link.read_buffer_bytes, message_bytes_max: link.frame_bytes_max };
+    let message_bytes_max = if transport.is_shared() { link.json_frame_bytes_max } else { link.frame_bytes_max };
+    let limits = SocketLimits { read_buffer_bytes: link.read_buffer_bytes, message_bytes_max };
     let (response, socket) = upgrade::accept(request, None, limits);
     // Boxed, so that it is gone once it is done: what a task captures lasts as long as the task, here as the link.
     let socket = Box::pin(socket);
     let (handle, outbox) = LinkHandle::new(registration, link.clone(), api.metrics.clone());
     let api = api.clone();
     api.clone().links.spawn(async move {
-        let Some(socket) = socket.await else { return };
+        let Some(mut socket) = socket.await else { return };
+        let shared = if transport.is_shared() {
+            let Some(shared) = Box::pin(greet(&api, &executor, &mut socket)).await else { return };
+            Some(shared)
+        } else {
+            None
+        };
         let place = api.corridor.registry.attach(handle.clone());
         tracing::info!(%executor, "executor connected");
         seen(&api, &executor).await;
-        let end = link::run(socket, handle, outbox).await;
+        let end = match shared {
+            None => link::run(socket, handle, outbox).await,
+            // Boxed for the same reason: most links are not of this kind, and need no room for it.
+            Some(shared) => {
+                let (end, shared) = Box::pin(link::run_shared(socket, handle, outbox, shared)).await;
+                // Before the place is given up: the executor's next socket waits for that, and takes it.
+                api.corridor.registry.leave(&executor, shared);
+                end
+            }
+        };
         // Before anything that waits: until then callers are given a link that has ended.
         drop(place);
         tracing::info!(%executor, ?end, "executor disconnected");
@@ -395,9 +509,59 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     Ok(response)
 }
 
-/// Any 4xx makes an encrypted executor register again, which its credential decides; 401 is never used here.
-fn register_again(reason: &'static str) -> ApiError {
-    ApiError::new(404, "not_found", "register again").with_header(REJECTION_REASON, HeaderValue::from_static(reason))
+/// A direct executor signs its dial like its register.
+async fn may_dial(api: &Api, executor: &ExecutorId, shown: SignedRequest<'_>) -> Result<(), Attempt> {
+    match api.corridor.auth.executors().verify_signed(executor, shown).await {
+        Ok(_) => Ok(()),
+        Err(error @ ExecutorAuthError::Unavailable(_)) => Err(Attempt::Again(Held::Auth(error))),
+        // Its register is refused, if that is so, and says why.
+        Err(_) => Err(Attempt::Final(register_again(true, "invalid_signature"))),
+    }
+}
+
+/// Initializes the session that all streams of a socket will share, following the executor's former socket.
+async fn greet<S>(api: &Api, executor: &ExecutorId, socket: &mut WebSocketStream<S>) -> Option<Box<Shared>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let Corridor { registry, store, link, .. } = &*api.corridor;
+    registry.vacate(executor, VACATE_WAIT).await;
+    let former = match registry.take_left(executor) {
+        Some(left) => Former::Socket(left),
+        None => match store.shared_session(executor).await {
+            Ok(Some(session)) => Former::Stored(ExecutorSessionId::new(session.expose())),
+            Ok(None) => Former::None,
+            Err(error) => {
+                tracing::warn!(%executor, %error, "the executor's session is not known");
+                Former::None
+            }
+        },
+    };
+    let before = former.session().cloned();
+    let shared = match greeting::greet(socket, link, former).await {
+        Ok(shared) => shared,
+        Err((error, former)) => {
+            tracing::warn!(%executor, %error, "executor not taken into use");
+            if let Former::Socket(left) = former {
+                registry.leave(executor, left);
+            }
+            return None;
+        }
+    };
+    // Before anything is started in it: the next gateway process asks for it again.
+    if let Some(session) = shared.session().filter(|session| before.as_ref() != Some(session))
+        && let Err(error) = store.save_shared_session(executor, Secret::new(session.reveal().to_owned())).await
+    {
+        tracing::warn!(%executor, %error, "the executor's session was not stored");
+    }
+    Some(shared)
+}
+
+/// Makes an executor register again, which its credential decides: on the direct transport 409 alone does, elsewhere any
+/// 4xx; 401 is never used here.
+fn register_again(direct: bool, reason: &'static str) -> ApiError {
+    let (status, code) = if direct { (409, "conflict") } else { (404, "not_found") };
+    ApiError::new(status, code, "register again").with_header(REJECTION_REASON, HeaderValue::from_static(reason))
 }
 
 fn end_label(end: LinkEnd) -> &'static str {
@@ -406,6 +570,7 @@ fn end_label(end: LinkEnd) -> &'static str {
         LinkEnd::Silent => "silent",
         LinkEnd::WriteTimeout => "write_timeout",
         LinkEnd::Failed => "failed",
+        LinkEnd::Stalled => "stalled",
         LinkEnd::Closed(_) => "closed",
     }
 }

@@ -11,10 +11,12 @@ use exec_gateway_protocol::ids::ExecutorId;
 use hyper::HeaderMap;
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
+use zeroize::Zeroizing;
 
-use super::authorization;
 use super::cap_token::keys;
+use super::sigv4::{Signature, SignedRequest};
 use super::upstream::{ExecutorClaim, Upstream, UpstreamError};
+use super::{Clock, authorization};
 use crate::store::{Executor, Keyring, Store, StoreError};
 
 /// Longest credential of an executor, in bytes: assertions and access tokens of accounts are JWTs of a few KiB.
@@ -28,6 +30,7 @@ pub struct ExecutorAuth {
     store: Store,
     keys: Keyring,
     upstream: Option<Arc<Upstream>>,
+    clock: Clock,
 }
 
 /// Remembers a credential without being one, so that later requests of the same executor can be compared with it.
@@ -71,6 +74,9 @@ pub enum ExecutorAuthError {
     /// The credential is good, but not for an executor of this id: unknown, or somebody else's.
     #[error("executor not registered")]
     NotRegistered,
+    /// With a validator upstream, executors show their credential; a signature could not be handed to it.
+    #[error("signed registrations are not taken while a validator is configured")]
+    NoSignatures,
     /// Nobody could say; a later try may succeed. The source is for the log.
     #[error("the authentication service is unavailable")]
     Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -89,8 +95,8 @@ impl From<UpstreamError> for ExecutorAuthError {
 }
 
 impl ExecutorAuth {
-    pub(super) fn new(store: Store, keys: Keyring, upstream: Option<Arc<Upstream>>) -> Self {
-        Self { store, keys, upstream }
+    pub(super) fn new(store: Store, keys: Keyring, upstream: Option<Arc<Upstream>>, clock: Clock) -> Self {
+        Self { store, keys, upstream, clock }
     }
 
     /// Checks that the headers show a credential of this executor. Dropping the future drops the question.
@@ -111,18 +117,52 @@ impl ExecutorAuth {
         Ok(shown.remember())
     }
 
+    /// Checks that a request was signed with the token of this executor, which is not in it. Dropping the future drops
+    /// the question.
+    ///
+    /// # Errors
+    /// [`ExecutorAuthError`]; only `Unavailable` is worth a retry.
+    pub async fn verify_signed(
+        &self,
+        executor: &ExecutorId,
+        request: SignedRequest<'_>,
+    ) -> Result<ExecutorCredential, ExecutorAuthError> {
+        if self.upstream.is_some() {
+            return Err(ExecutorAuthError::NoSignatures);
+        }
+        let signature = Signature::read(request, self.clock.now()).map_err(|_| ExecutorAuthError::Unauthorized)?;
+        if signature.key_id() != executor.as_str() {
+            return Err(ExecutorAuthError::Unauthorized);
+        }
+        let token = self.verify_known(executor, |token| signature.is_of(token)).await?;
+        Ok(ExecutorCredential { digest: Sha256::digest(token.as_bytes()).into() })
+    }
+
     async fn verify_derived(&self, id: &ExecutorId, token: &str) -> Result<(), ExecutorAuthError> {
+        self.verify_known(id, |own| own.as_bytes().ct_eq(token.as_bytes())).await.map(drop)
+    }
+
+    /// The token of this executor that is the right one, if one of them is.
+    async fn verify_known(
+        &self,
+        id: &ExecutorId,
+        is_right: impl Fn(&str) -> Choice,
+    ) -> Result<Zeroizing<String>, ExecutorAuthError> {
         let stored = self.store.executor(id).await?;
         // An unknown executor costs the same work and gives the same answer as a wrong token of a known one. Only who
         // shows the token that a deleted executor once had learns that it is gone.
         let known = stored.is_some();
         let executor = stored.unwrap_or_else(|| stand_in(id));
-        let right = keys(&self.keys)
-            .fold(Choice::from(0), |right, key| right | executor.token(key).as_bytes().ct_eq(token.as_bytes()));
-        match (bool::from(right), known) {
-            (true, true) => Ok(()),
-            (true, false) => Err(ExecutorAuthError::NotRegistered),
-            (false, _) => Err(ExecutorAuthError::Unauthorized),
+        let tried = keys(&self.keys).map(|key| {
+            let own = executor.token(key);
+            (is_right(&own), own)
+        });
+        // Both keys are tried, whichever is the right one.
+        let tried: Vec<(Choice, Zeroizing<String>)> = tried.collect();
+        match tried.into_iter().find(|(right, _)| (*right).into()) {
+            Some((_, token)) if known => Ok(token),
+            Some(_) => Err(ExecutorAuthError::NotRegistered),
+            None => Err(ExecutorAuthError::Unauthorized),
         }
     }
 
@@ -217,8 +257,8 @@ mod tests {
         let validator = FakeValidator::start().await;
         let client = validator.client(&Arc::default());
         Rig {
-            embedded: ExecutorAuth::new(store.clone(), ring(1, Some(2)), None),
-            upstream: ExecutorAuth::new(store.clone(), ring(1, Some(2)), Some(client)),
+            embedded: ExecutorAuth::new(store.clone(), ring(1, Some(2)), None, Clock::system()),
+            upstream: ExecutorAuth::new(store.clone(), ring(1, Some(2)), Some(client), Clock::system()),
             store,
             validator,
             _dir: dir,
@@ -246,6 +286,7 @@ mod tests {
             Ok(_) => "ok",
             Err(ExecutorAuthError::Unauthorized) => "unauthorized",
             Err(ExecutorAuthError::NotRegistered) => "not registered",
+            Err(ExecutorAuthError::NoSignatures) => "no signatures",
             Err(ExecutorAuthError::Unavailable(_)) => "unavailable",
         }
     }

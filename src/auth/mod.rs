@@ -11,6 +11,7 @@ pub mod executor;
 pub mod harness;
 pub mod proxy_token;
 pub mod resume;
+pub mod sigv4;
 pub mod ticket;
 mod upstream;
 
@@ -197,7 +198,12 @@ impl Auth {
             tickets: Tickets::new(store.keyring(KeyPurpose::Ticket).await?, config, clock.clone()),
             harness: HarnessAuth::new(store.keyring(KeyPurpose::Harness).await?, config, clock.clone()),
             resume: ResumeNames::new(store.keyring(KeyPurpose::Resume).await?),
-            executors: ExecutorAuth::new(store.clone(), store.keyring(KeyPurpose::Executor).await?, upstream.clone()),
+            executors: ExecutorAuth::new(
+                store.clone(),
+                store.keyring(KeyPurpose::Executor).await?,
+                upstream.clone(),
+                clock.clone(),
+            ),
             proxy_tokens: ProxyTokenAuth::new(store, upstream, config, clock, counters.clone()),
             counters,
         })))

@@ -30,12 +30,30 @@ pub enum Route {
     RegisterCodex,
     /// An executor registers: agentx.
     RegisterAgentx,
+    /// An executor registers: codex on its direct transport.
+    RegisterDirect,
     /// An executor asks whether to trust a harness.
     Validate,
     /// A harness asks for the way to an encrypted executor.
     Connect,
     /// An executor or a harness opens its socket.
     Bridge,
+    /// A registered executor opens its socket.
+    CloudRelay,
+    /// A service asks who is connected.
+    Connected,
+    /// A service ends a turn.
+    RevokeTurn,
+    /// A service makes an executor.
+    ExecutorRegister,
+    /// A service deletes an executor.
+    ExecutorDelete,
+    /// A service binds an executor.
+    ExecutorBind,
+    /// A service lists the executors of a workspace.
+    ExecutorsBound,
+    /// A service unbinds an executor.
+    ExecutorUnbind,
     /// The gateway is alive.
     Health,
 }
@@ -45,15 +63,25 @@ pub enum Route {
 pub enum Envelope {
     /// `{"error":{"code","message"}}`
     Json,
+    /// `{"error":"message"}`
+    Message,
     /// The message alone.
     Text,
 }
 
 impl Route {
-    /// How errors of this route are written: WebSocket doors speak plain text (connectors-api.md §2.4).
+    /// How errors of this route are written: WebSocket doors speak plain text (connectors-api.md §2.4), those of
+    /// services a text in JSON (§2.7).
     pub fn envelope(self) -> Envelope {
         match self {
-            Self::Bridge | Self::Health => Envelope::Text,
+            Self::Bridge | Self::CloudRelay | Self::Health => Envelope::Text,
+            Self::Connected
+            | Self::RevokeTurn
+            | Self::ExecutorRegister
+            | Self::ExecutorDelete
+            | Self::ExecutorBind
+            | Self::ExecutorsBound
+            | Self::ExecutorUnbind => Envelope::Message,
             Self::EnvList
             | Self::ToolCall
             | Self::ProcessList
@@ -65,6 +93,7 @@ impl Route {
             | Self::ProcessTerminate
             | Self::RegisterCodex
             | Self::RegisterAgentx
+            | Self::RegisterDirect
             | Self::Validate
             | Self::Connect => Envelope::Json,
         }
@@ -105,12 +134,21 @@ impl Router {
         add(Method::POST, "/cloud/environment/{id}/register", Route::RegisterCodex);
         add(Method::POST, "/cloud/executor/{id}/register", Route::RegisterCodex);
         add(Method::POST, "/agentx/environment/{id}/register", Route::RegisterAgentx);
+        add(Method::POST, "/cloud/environment/{id}/direct/register", Route::RegisterDirect);
         add(Method::POST, "/cloud/environment/{id}/validate", Route::Validate);
         add(Method::POST, "/cloud/executor/{id}/validate", Route::Validate);
         add(Method::POST, "/cloud/environment/{id}/connect", Route::Connect);
         add(Method::GET, "/bridge/{id}", Route::Bridge);
         add(Method::GET, "/codex-exec/{id}", Route::Bridge);
         add(Method::GET, "/agentx/{id}", Route::Bridge);
+        add(Method::GET, "/cloud/relay/{registration}", Route::CloudRelay);
+        add(Method::GET, "/api/exec-gateway/connected", Route::Connected);
+        add(Method::POST, "/api/exec-gateway/revoke-turn", Route::RevokeTurn);
+        add(Method::POST, "/api/codex-exec/register", Route::ExecutorRegister);
+        add(Method::DELETE, "/api/codex-exec/executors/{id}", Route::ExecutorDelete);
+        add(Method::POST, "/api/codex-exec/workspaces/{wid}/executors", Route::ExecutorBind);
+        add(Method::GET, "/api/codex-exec/workspaces/{wid}/executors", Route::ExecutorsBound);
+        add(Method::DELETE, "/api/codex-exec/workspaces/{wid}/executors/{id}", Route::ExecutorUnbind);
         add(Method::GET, "/healthz", Route::Health);
         let mut paths = matchit::Router::new();
         for (path, routes) in table {
@@ -119,7 +157,7 @@ impl Router {
         Self(paths)
     }
 
-    /// The route of a request and the one parameter of its path, percent-decoded.
+    /// The route of a request and the parameters of its path, percent-decoded and with `/` between them.
     ///
     /// # Errors
     /// [`RouteError`].
@@ -143,8 +181,8 @@ impl Default for Router {
 }
 
 fn parameter(params: &Params<'_, '_>) -> Option<String> {
-    let raw = params.iter().next().map_or("", |(_, value)| value);
-    percent_decode(raw)
+    let decoded: Option<Vec<String>> = params.iter().map(|(_, value)| percent_decode(value)).collect();
+    Some(decoded?.join("/"))
 }
 
 /// Decodes `%XX`; `None` where it is malformed or not UTF-8.

@@ -14,14 +14,16 @@ use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
-use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
-use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
+use tokio_tungstenite::tungstenite::protocol::frame::Frame as SocketFrame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Data as OpData, OpCode};
+use tokio_tungstenite::tungstenite::{Error as SocketError, Message, Utf8Bytes};
 use tokio_util::sync::CancellationToken;
 
+use super::shared::Shared as Session;
 use super::stream::{Delivery, StreamEnd, StreamHandle};
 use crate::config;
 use crate::ops::metrics::Metrics;
@@ -34,6 +36,12 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Frames written before the socket is flushed once.
 const WRITE_BATCH: usize = 32;
+
+/// Bytes written to a shared socket before it is flushed once; one write has `link.write_timeout_secs`.
+const WRITE_BYTES: usize = 8 << 20;
+
+/// Largest frame that executors take on a shared socket, in bytes (codex-exec-server.md §3.1).
+const JSON_FRAME_BYTES_MAX: usize = 16 << 20;
 
 /// Failed encrypted handshakes of one workspace after which it may begin no more on this link, and for how long. The
 /// executor's own bound is 8 of all workspaces together.
@@ -59,6 +67,8 @@ pub enum LinkEnd {
     WriteTimeout,
     /// The socket failed or broke the WebSocket protocol.
     Failed,
+    /// A process that does not read its stdin held up everybody on a shared socket.
+    Stalled,
     /// We closed it.
     Closed(CloseReason),
 }
@@ -366,7 +376,8 @@ impl LinkHandle {
         self.0.heard_ms.store(elapsed, Ordering::Relaxed);
     }
 
-    fn silence(&self) -> Duration {
+    /// How long nothing was heard of the executor.
+    pub fn silence(&self) -> Duration {
         let heard = Duration::from_millis(self.0.heard_ms.load(Ordering::Relaxed));
         self.0.opened.elapsed().saturating_sub(heard)
     }
@@ -394,14 +405,127 @@ pub async fn run<S>(socket: WebSocketStream<S>, link: LinkHandle, outbox: mpsc::
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let _shut = Shut(&link);
+    serve(socket, &link, outbox, None).await
+}
+
+/// The same for an executor whose streams share one JSON-RPC session; gives that back for the executor's next socket.
+pub async fn run_shared<S>(
+    socket: WebSocketStream<S>,
+    link: LinkHandle,
+    outbox: mpsc::Receiver<Bytes>,
+    session: Box<Session>,
+) -> (LinkEnd, Box<Session>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let desk = Desk { session: Mutex::new(session), incoming: Notify::new(), outgoing: Notify::new() };
+    let end = serve(socket, &link, outbox, Some(&desk)).await;
+    let mut session = desk.session.into_inner().unwrap_or_else(PoisonError::into_inner);
+    session.disconnect(Instant::now());
+    (end, session)
+}
+
+/// Where the two loops of a shared socket meet. The lock is held for the work on one message.
+struct Desk {
+    session: Mutex<Box<Session>>,
+    /// Frames wait for streams.
+    incoming: Notify,
+    /// Messages wait for the socket.
+    outgoing: Notify,
+}
+
+impl Desk {
+    fn session(&self) -> MutexGuard<'_, Box<Session>> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a frame that a stream has sent.
+    fn take(&self, frame: Bytes, link: &LinkHandle) {
+        let Ok(frame) = Frame::decode(frame) else { return };
+        // Its route is gone when the stream has ended meanwhile; then it is of no interest any more.
+        let workspace = link.routes().streams.get(&frame.stream_id).map(|route| route.workspace.clone());
+        let mut session = self.session();
+        if !session.knows(&frame.stream_id)
+            && let Some(workspace) = workspace
+        {
+            session.open_stream(frame.stream_id.clone(), workspace);
+        }
+        session.from_stream(frame, Instant::now());
+        if session.has_deliveries() {
+            self.incoming.notify_one();
+        }
+    }
+
+    /// Takes a message of the executor and hands out what comes of it.
+    async fn message(&self, json: Bytes, link: &LinkHandle) {
+        if let Err(error) = self.session().from_socket(&json, Instant::now()) {
+            link.0.metrics.frames_dropped.inc();
+            tracing::debug!(executor = %link.executor(), %error, "message dropped");
+        }
+        self.hand_out(link).await;
+        // An answer makes room for the next request.
+        self.outgoing.notify_one();
+    }
+
+    async fn hand_out(&self, link: &LinkHandle) {
+        loop {
+            // Apart, so that the lock is gone before anybody waits.
+            let frame = self.session().next_for_streams();
+            let Some(frame) = frame else { return };
+            // Encrypted harnesses alone hand on bytes of the wire, and never over this link.
+            deliver(frame, Bytes::new(), link).await;
+        }
+    }
+
+    /// Returns when there may be something to write, or to end.
+    async fn due(&self) {
+        let deadline = self.session().deadline();
+        let wait = async {
+            match deadline {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.outgoing.notified() => {}
+            () = wait => {}
+        }
+    }
+
+    /// Whether frames of streams may be taken; while they may not, `due` tells when to look again.
+    fn has_room(&self) -> bool {
+        !self.session().is_crowded()
+    }
+
+    fn next_message(&self) -> Option<Bytes> {
+        self.session().next_for_socket(Instant::now())
+    }
+
+    /// Ends what is over; whether the socket must go.
+    fn expire(&self) -> bool {
+        let (mut session, now) = (self.session(), Instant::now());
+        session.expire(now);
+        session.is_stalled(now)
+    }
+}
+
+async fn serve<S>(
+    socket: WebSocketStream<S>,
+    link: &LinkHandle,
+    outbox: mpsc::Receiver<Bytes>,
+    desk: Option<&Desk>,
+) -> LinkEnd
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let _shut = Shut(link);
     let (sink, stream) = socket.split();
     // Two loops in one task: if a slow write paused reads, two peers that both have much to say would wait for each
     // other for ever.
-    let mut reads = pin!(read_loop(stream, &link));
+    let mut reads = pin!(read_loop(stream, link, desk));
     let end = tokio::select! {
         end = &mut reads => return end,
-        end = write_loop(sink, &link, outbox) => end,
+        end = write_loop(sink, link, outbox, desk) => end,
     };
     if matches!(end, LinkEnd::Closed(_)) {
         // Closing with bytes unread resets the connection; the peer could miss our close frame.
@@ -410,24 +534,42 @@ where
     end
 }
 
-async fn read_loop<R>(mut socket: R, link: &LinkHandle) -> LinkEnd
+async fn read_loop<R>(mut socket: R, link: &LinkHandle, desk: Option<&Desk>) -> LinkEnd
 where
     R: Stream<Item = Result<Message, SocketError>> + Unpin,
 {
-    while let Some(message) = socket.next().await {
-        link.heard();
-        match message {
-            Ok(Message::Binary(wire)) => match Frame::decode(wire.clone()) {
-                Ok(frame) => deliver(frame, wire, link).await,
-                Err(error) => {
-                    link.0.metrics.frames_dropped.inc();
-                    tracing::debug!(executor = %link.executor(), %error, "frame dropped");
+    loop {
+        let message = match desk {
+            None => socket.next().await,
+            Some(desk) => tokio::select! {
+                message = socket.next() => message,
+                () = desk.incoming.notified() => {
+                    desk.hand_out(link).await;
+                    desk.outgoing.notify_one();
+                    continue;
                 }
             },
-            // An encrypted executor sends binary frames only; it drops our text frames likewise.
-            Ok(Message::Text(_)) => {
-                link.0.metrics.frames_dropped.inc();
-            }
+        };
+        let Some(message) = message else { return LinkEnd::Peer };
+        link.heard();
+        match message {
+            Ok(Message::Binary(wire)) => match desk {
+                Some(desk) => desk.message(wire, link).await,
+                None => match Frame::decode(wire.clone()) {
+                    Ok(frame) => deliver(frame, wire, link).await,
+                    Err(error) => {
+                        link.0.metrics.frames_dropped.inc();
+                        tracing::debug!(executor = %link.executor(), %error, "frame dropped");
+                    }
+                },
+            },
+            Ok(Message::Text(text)) => match desk {
+                Some(desk) => desk.message(text.into(), link).await,
+                // Relay frames are binary; executors drop our text frames likewise.
+                None => {
+                    link.0.metrics.frames_dropped.inc();
+                }
+            },
             Ok(Message::Pong(_)) => link.0.pongs.send_modify(|count| *count += 1),
             Ok(Message::Ping(_) | Message::Frame(_)) => {}
             Ok(Message::Close(_)) => return LinkEnd::Peer,
@@ -444,7 +586,6 @@ where
             }
         }
     }
-    LinkEnd::Peer
 }
 
 /// Hands a frame to its stream. The readers are the gateway's own clients, which never wait for anybody, so a full
@@ -477,7 +618,12 @@ async fn deliver(frame: Frame, wire: Bytes, link: &LinkHandle) {
     }
 }
 
-async fn write_loop<W>(mut socket: W, link: &LinkHandle, mut outbox: mpsc::Receiver<Bytes>) -> LinkEnd
+async fn write_loop<W>(
+    mut socket: W,
+    link: &LinkHandle,
+    mut outbox: mpsc::Receiver<Bytes>,
+    desk: Option<&Desk>,
+) -> LinkEnd
 where
     W: Sink<Message, Error = SocketError> + Unpin,
 {
@@ -487,11 +633,27 @@ where
     let mut ping = tokio::time::interval_at(Instant::now() + ping_every, ping_every);
     ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
+        let room = desk.is_none_or(Desk::has_room);
+        let due = async {
+            match desk {
+                Some(desk) => desk.due().await,
+                None => std::future::pending().await,
+            }
+        };
         let written = tokio::select! {
             () = link.0.stop.cancelled() => break,
-            frame = outbox.recv() => match frame {
-                Some(frame) => timeout(write_timeout, write_batch(&mut socket, frame, &mut outbox)).await,
-                None => break,
+            frame = outbox.recv(), if room => match (frame, desk) {
+                (Some(frame), None) => timeout(write_timeout, write_batch(&mut socket, frame, &mut outbox)).await,
+                (Some(frame), Some(desk)) => {
+                    desk.take(frame, link);
+                    timeout(write_timeout, write_messages(&mut socket, desk)).await
+                }
+                (None, _) => break,
+            },
+            () = due => match desk {
+                Some(desk) if desk.expire() => return LinkEnd::Stalled,
+                Some(desk) => timeout(write_timeout, write_messages(&mut socket, desk)).await,
+                None => continue,
             },
             _ = ping.tick() => {
                 if link.silence() >= Duration::from_secs(settings.dead_secs) {
@@ -513,7 +675,13 @@ where
     outbox.close();
     let farewell = async {
         while let Some(frame) = outbox.recv().await {
-            socket.feed(Message::Binary(frame)).await?;
+            match desk {
+                None => socket.feed(Message::Binary(frame)).await?,
+                Some(desk) => desk.take(frame, link),
+            }
+        }
+        if let Some(desk) = desk {
+            write_messages(&mut socket, desk).await?;
         }
         socket.send(Message::Close(Some(reason.frame()))).await
     };
@@ -532,6 +700,37 @@ where
         socket.feed(Message::Binary(frame)).await?;
     }
     socket.flush().await
+}
+
+/// Writes what may be written now to a shared socket, then flushes once. Frames may be long; what is longer than a
+/// frame that executors take goes in several.
+async fn write_messages<W>(socket: &mut W, desk: &Desk) -> Result<(), SocketError>
+where
+    W: Sink<Message, Error = SocketError> + Unpin,
+{
+    let mut written = 0;
+    while written < WRITE_BYTES {
+        let Some(json) = desk.next_message() else { break };
+        written += json.len();
+        if json.len() <= JSON_FRAME_BYTES_MAX {
+            // Our own JSON, or JSON that was read from its bytes.
+            let text = Utf8Bytes::try_from(json).map_err(|error| SocketError::Utf8(error.to_string()))?;
+            socket.feed(Message::Text(text)).await?;
+            continue;
+        }
+        let pieces = json.len().div_ceil(JSON_FRAME_BYTES_MAX);
+        for piece in 0..pieces {
+            let start = piece * JSON_FRAME_BYTES_MAX;
+            let bytes = json.slice(start..json.len().min(start + JSON_FRAME_BYTES_MAX));
+            let code = OpCode::Data(if piece == 0 { OpData::Text } else { OpData::Continue });
+            let frame = SocketFrame::message(bytes, code, piece + 1 == pieces);
+            socket.feed(Message::Frame(frame)).await?;
+        }
+    }
+    if written >= WRITE_BYTES {
+        desk.outgoing.notify_one();
+    }
+    if written > 0 { socket.flush().await } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -106,6 +106,15 @@ const MIGRATIONS: &[&str] = &[
     ) STRICT;
     CREATE INDEX sessions_workspace ON sessions (workspace, seq);
 ",
+    "
+    ALTER TABLE sessions ADD COLUMN exit_seq INTEGER;
+    ",
+    "
+    CREATE TABLE shared_sessions (
+        executor TEXT PRIMARY KEY REFERENCES executors (id) ON DELETE CASCADE,
+        session TEXT NOT NULL
+    ) STRICT;
+",
 ];
 
 /// Opens the store of a state directory at the present version, and makes directory and file if there are none.

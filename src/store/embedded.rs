@@ -17,6 +17,7 @@ use super::{
     Binding, Executor, GatewayKey, KeyPurpose, Keyring, Registration, Revocation, RevocationScope, StoreError, Token,
     Transport, database,
 };
+use crate::config::Secret;
 
 /// Questions that wait for the thread; further callers wait for a place.
 const QUEUE_JOBS_MAX: usize = 1024;
@@ -66,16 +67,17 @@ impl Store {
     ) -> Result<Executor, StoreError> {
         let (workspace, name, user) = (workspace.clone(), name.clone(), user.cloned());
         self.write(move |tx| {
-            let id = ExecutorId::new(&format!("exe_{}", uuid::Uuid::new_v4())).expect("a UUID is hex and dashes");
-            let executor = Executor { id, generation: 1, user, created_at: now(), last_seen: None };
-            tx.execute(
-                "INSERT INTO executors (id, generation, user, created_at) VALUES (?, 1, ?, ?)",
-                params![executor.id.as_str(), executor.user.as_ref().map(UserId::as_str), nanos(executor.created_at)],
-            )?;
+            let executor = add_executor(tx, user)?;
             bind(tx, &executor.id, &workspace, &name, default)?;
             Ok(executor)
         })
         .await
+    }
+
+    /// Makes an executor of a person with a new id, bound nowhere yet.
+    pub async fn register_executor(&self, user: &UserId) -> Result<Executor, StoreError> {
+        let user = user.clone();
+        self.write(move |tx| add_executor(tx, Some(user))).await
     }
 
     /// The executor of that id, if there is one.
@@ -150,6 +152,27 @@ impl Store {
     ) -> Result<Binding, StoreError> {
         let (executor, workspace, name) = (executor.clone(), workspace.clone(), name.clone());
         self.write(move |tx| bind(tx, &executor, &workspace, &name, default)).await
+    }
+
+    /// Says what a bound executor is for.
+    ///
+    /// # Errors
+    /// `NotFound` if it is not bound there.
+    pub async fn describe(
+        &self,
+        executor: &ExecutorId,
+        workspace: &WorkspaceId,
+        description: &str,
+    ) -> Result<(), StoreError> {
+        let (executor, workspace, description) = (executor.clone(), workspace.clone(), description.to_owned());
+        self.write(move |tx| {
+            let described = tx.execute(
+                "UPDATE bindings SET description = ? WHERE workspace = ? AND executor = ?",
+                [&description, workspace.as_str(), executor.as_str()],
+            )?;
+            found(described, || no_binding(&workspace, &executor))
+        })
+        .await
     }
 
     /// Takes an executor from a workspace.
@@ -255,6 +278,34 @@ impl Store {
                 params![executor.as_str(), count(keep.max(1))],
             )?;
             Ok(())
+        })
+        .await
+    }
+
+    /// Stores the right to resume the session that an executor's socket carries for all its callers.
+    ///
+    /// # Errors
+    /// `NotFound` if there is no such executor.
+    pub async fn save_shared_session(&self, executor: &ExecutorId, session: Secret) -> Result<(), StoreError> {
+        let executor = executor.clone();
+        self.write(move |tx| {
+            must_exist(tx, &executor)?;
+            let sql = "INSERT OR REPLACE INTO shared_sessions (executor, session) VALUES (?, ?)";
+            tx.execute(sql, [executor.as_str(), session.expose()])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// What [`Self::save_shared_session`] has stored.
+    ///
+    /// # Errors
+    /// None of its own.
+    pub async fn shared_session(&self, executor: &ExecutorId) -> Result<Option<Secret>, StoreError> {
+        let executor = executor.clone();
+        self.read(move |db| {
+            let sql = "SELECT session FROM shared_sessions WHERE executor = ?";
+            one(db, sql, [executor.as_str()], |row| Ok(Secret::new(row.get(0)?)))
         })
         .await
     }
@@ -502,6 +553,16 @@ fn serve(mut connection: Connection, mut queue: mpsc::Receiver<Job>) {
             tracing::error!("a question to the store panicked");
         }
     }
+}
+
+fn add_executor(tx: &Transaction<'_>, user: Option<UserId>) -> Result<Executor, StoreError> {
+    let id = ExecutorId::new(&format!("exe_{}", uuid::Uuid::new_v4())).expect("a UUID is hex and dashes");
+    let executor = Executor { id, generation: 1, user, created_at: now(), last_seen: None };
+    tx.execute(
+        "INSERT INTO executors (id, generation, user, created_at) VALUES (?, 1, ?, ?)",
+        params![executor.id.as_str(), executor.user.as_ref().map(UserId::as_str), nanos(executor.created_at)],
+    )?;
+    Ok(executor)
 }
 
 fn bind(

@@ -119,6 +119,13 @@ pub enum Transport {
     Agentx,
 }
 
+impl Transport {
+    /// Whether all callers share the one JSON-RPC session of the socket: there are no relay frames on it.
+    pub fn is_shared(self) -> bool {
+        matches!(self, Self::Direct | Self::Agentx)
+    }
+}
+
 /// What `register` stored before it answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registration {
@@ -292,6 +299,8 @@ pub struct SessionRow {
     pub state: SessionState,
     /// The process's exit code.
     pub exit_code: Option<i32>,
+    /// The executor's number of the exit, where output with greater numbers may be in the journal.
+    pub exit_seq: Option<u64>,
     /// What is known about an end without exit code.
     pub detail: Option<String>,
     /// When it was asked for.

@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use exec_gateway::config::Config;
 use serde_json::Value;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::gateway::{Credentials, TestGateway};
@@ -67,6 +67,34 @@ impl CodexExecutor {
         let mut stdin = child.stdin.take().unwrap();
         stdin.write_all(format!("{}\n", credentials.token).as_bytes()).await.unwrap();
         Self { child, home }
+    }
+
+    /// Starts an executor on the direct transport: plain JSON-RPC, signed requests.
+    pub fn start_direct(url: &str, credentials: &Credentials, change: impl FnOnce(&mut Command)) -> Self {
+        let home = Scratch::new();
+        let remote = ["exec-server", "--remote", url, "--environment-id", &credentials.executor];
+        let mut command =
+            process(home.path(), &[&remote[..], &["--remote-transport", "direct", "--aws-sigv4"]].concat());
+        command
+            .env("AWS_ACCESS_KEY_ID", &credentials.executor)
+            .env("AWS_SECRET_ACCESS_KEY", &credentials.token)
+            .env("AWS_REGION", "eu-north-1")
+            .env("AWS_EC2_METADATA_DISABLED", "true")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        change(&mut command);
+        Self { child: command.spawn().unwrap(), home }
+    }
+
+    /// Starts an executor that listens, and gives the URL of its plain JSON-RPC.
+    pub async fn listening() -> (Self, String) {
+        let home = Scratch::new();
+        let mut command = process(home.path(), &["exec-server", "--listen", "ws://127.0.0.1:0"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let url = lines.next_line().await.unwrap().expect("the executor tells its URL");
+        (Self { child, home }, url)
     }
 
     /// Starts an executor and waits until the caller sees it.

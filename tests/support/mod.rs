@@ -3,6 +3,7 @@
 // Tests and benches each use a part of this.
 #![allow(dead_code)]
 
+pub mod adapter;
 pub mod app_server;
 pub mod caller;
 pub mod codex;
@@ -11,12 +12,14 @@ pub mod gateway;
 pub mod harness;
 pub mod model;
 pub mod proxy;
+pub mod sigv4;
 pub mod upstream;
 pub mod wire;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use adapter::Adapter;
 pub use app_server::{AppServer, Route};
 pub use caller::{Answer, Caller};
 pub use codex::{CodexExecutor, Marker, Workbench};
@@ -25,6 +28,7 @@ pub use gateway::{Credentials, DaemonProcess, TestGateway};
 pub use harness::{Harness, Tongue};
 pub use model::Model;
 pub use proxy::Proxy;
+pub use sigv4::Signer;
 pub use upstream::{Upstream, Verdict};
 pub use wire::Wire;
 

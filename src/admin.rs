@@ -30,6 +30,9 @@ const CAP_TOKEN_TTL_MAX: Duration = DAY.saturating_mul(365);
 /// How long a revocation is kept: longer than any cap-token lives, with room for clocks that disagree.
 const REVOCATION_LIFE: Duration = DAY.saturating_mul(400);
 
+/// How long a revocation is kept at least, for clocks that disagree about when what it ends would have ended by itself.
+const REVOCATION_LIFE_MIN: Duration = Duration::from_secs(60 * 60);
+
 /// Longest life of a proxy token that has an end; one for longer can be made without.
 const TOKEN_TTL_MAX: Duration = DAY.saturating_mul(36_525);
 
@@ -64,6 +67,11 @@ pub enum Request {
         /// Whether it becomes the tenant's default.
         default: bool,
     },
+    /// Makes an executor of a person, bound nowhere yet.
+    ExecutorRegister {
+        /// Its owner.
+        user: UserId,
+    },
     /// Lists executors with their bindings, of one workspace or all.
     ExecutorList {
         /// The workspace; `None` is all.
@@ -79,6 +87,15 @@ pub enum Request {
         name: EnvironmentName,
         /// Whether it becomes the tenant's default; without, a default stays what it was.
         default: bool,
+    },
+    /// Says what a bound executor is for.
+    ExecutorDescribe {
+        /// The executor.
+        executor: ExecutorId,
+        /// The tenant to whom it is said.
+        workspace: WorkspaceId,
+        /// The text.
+        description: String,
     },
     /// Takes that right away.
     ExecutorUnbind {
@@ -116,6 +133,13 @@ pub enum Request {
     RevokeTurn {
         /// The turn.
         turn: TurnId,
+    },
+    /// Revokes the cap-tokens of a turn that end by themselves at a known time.
+    RevokeTurnUntil {
+        /// The turn.
+        turn: TurnId,
+        /// That time, in Unix seconds.
+        exp: u64,
     },
     /// Revokes the cap-tokens of a workspace issued so far.
     RevokeWorkspace {
@@ -158,6 +182,11 @@ pub enum Response {
         /// A shell command that connects it, with the token inside.
         #[serde(with = "secret_text")]
         command: Secret,
+    },
+    /// A new executor without a binding.
+    ExecutorRegistered {
+        /// Its id.
+        exe_id: ExecutorId,
     },
     /// The executors, oldest first.
     Executors(Vec<ExecutorEntry>),
@@ -351,6 +380,14 @@ impl Admin {
                 (self.observer)(&Change::Bound { workspace });
                 Ok(Response::Bound)
             }
+            Request::ExecutorRegister { user } => {
+                let exe_id = self.store.register_executor(&user).await?.id;
+                Ok(Response::ExecutorRegistered { exe_id })
+            }
+            Request::ExecutorDescribe { executor, workspace, description } => {
+                self.store.describe(&executor, &workspace, &description).await?;
+                Ok(self.done(Change::Bound { workspace }))
+            }
             Request::ExecutorUnbind { executor, workspace } => {
                 self.store.unbind(&executor, &workspace).await?;
                 Ok(self.done(Change::Unbound { workspace, executor }))
@@ -364,8 +401,14 @@ impl Admin {
                 Ok(self.done(Change::ExecutorDeleted(executor)))
             }
             Request::CapToken { workspace, turn, user, ttl } => self.mint_cap_token(workspace, turn, user, ttl).await,
-            Request::RevokeTurn { turn } => self.revoke(RevocationScope::Turn(turn)).await,
-            Request::RevokeWorkspace { workspace } => self.revoke(RevocationScope::Workspace(workspace)).await,
+            Request::RevokeTurn { turn } => self.revoke(RevocationScope::Turn(turn), REVOCATION_LIFE).await,
+            Request::RevokeTurnUntil { turn, exp } => {
+                let left = Duration::from_secs(exp.saturating_sub(unix_secs(SystemTime::now())));
+                self.revoke(RevocationScope::Turn(turn), left.clamp(REVOCATION_LIFE_MIN, REVOCATION_LIFE)).await
+            }
+            Request::RevokeWorkspace { workspace } => {
+                self.revoke(RevocationScope::Workspace(workspace), REVOCATION_LIFE).await
+            }
         }
     }
 
@@ -463,9 +506,9 @@ impl Admin {
         Ok(Response::CapToken { token: Secret::new(cap_token::mint(&claims, &key.secret)) })
     }
 
-    async fn revoke(&self, scope: RevocationScope) -> Result<Response, AdminError> {
+    async fn revoke(&self, scope: RevocationScope, life: Duration) -> Result<Response, AdminError> {
         let revoked_at = SystemTime::now();
-        let revocation = Revocation { scope, revoked_at, forget_at: revoked_at + REVOCATION_LIFE };
+        let revocation = Revocation { scope, revoked_at, forget_at: revoked_at + life };
         self.store.add_revocation(revocation.clone(), self.settings.revocations_max).await?;
         Ok(self.done(Change::Revoked(revocation)))
     }

@@ -11,6 +11,9 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+
 pub use knob::{Kind, Knob};
 pub use resolve::{ConfigFaults, Fault, Resolved, Source};
 
@@ -119,7 +122,15 @@ config! {
         upstream_secret: Option<Secret> = None,
         /// File that holds `auth.upstream_secret`. With neither given: `$CREDENTIALS_DIRECTORY/upstream_secret`, as systemd passes it.
         upstream_secret_file: Option<PathBuf> = None,
-        /// Time for that service to answer, in seconds.
+        /// Secret of services that revoke turns, shown as a bearer token. Empty: their door does not exist. Better given by file or by systemd.
+        shared_secret: Option<Secret> = None,
+        /// File that holds `auth.shared_secret`. With neither given: `$CREDENTIALS_DIRECTORY/shared_secret`.
+        shared_secret_file: Option<PathBuf> = None,
+        /// Secret of the service that registers and binds executors for people, shown as `X-Internal-Secret`. Empty: its doors do not exist. Better given by file or by systemd.
+        internal_secret: Option<Secret> = None,
+        /// File that holds `auth.internal_secret`. With neither given: `$CREDENTIALS_DIRECTORY/internal_secret`.
+        internal_secret_file: Option<PathBuf> = None,
+        /// Time for the service at `auth.upstream_url` to answer, in seconds.
         upstream_timeout_secs: u64 = 5 => 1..=60,
         /// How long a good token is believed without asking again, in seconds.
         positive_ttl_secs: u64 = 300 => 1..=86_400,
@@ -217,6 +228,8 @@ config! {
         timeout_secs: u64 = 60 => 1..=86_400,
         /// Longest time a call may ask for, in seconds.
         timeout_max_secs: u64 = 3600 => 1..=86_400,
+        /// Time that a call waits for its executor to come back after the loss of its link, in seconds.
+        relink_wait_secs: u64 = 25 => 1..=3600,
         /// Bytes of output, or of a file, that one call returns.
         output_bytes_max: usize = 32 * 1024 * 1024 => 1..=64 * 1024 * 1024,
         /// Time after which a call still running sends its status and then spaces, in seconds; the Python client gives up after 30 s of silence.
@@ -310,10 +323,20 @@ impl Config {
                 wrong("auth.upstream_secret", "is needed with auth.upstream_url; it or its file is not given");
             }
         }
-        if let Some(secret) = &self.auth.upstream_secret
-            && !is_header_value(secret.expose())
-        {
-            wrong("auth.upstream_secret", "holds characters that an HTTP header cannot carry");
+        let auth = &self.auth;
+        for (knob, secret) in [
+            ("auth.upstream_secret", &auth.upstream_secret),
+            ("auth.shared_secret", &auth.shared_secret),
+            ("auth.internal_secret", &auth.internal_secret),
+        ] {
+            // An empty secret would open its doors to everybody.
+            if secret.as_ref().is_some_and(|secret| secret.expose().is_empty() || !is_header_value(secret.expose())) {
+                wrong(knob, "is empty or holds characters that an HTTP header cannot carry");
+            }
+        }
+
+        if self.auth.shared_secret.as_ref().is_some_and(|secret| secret.expose().contains(' ')) {
+            wrong("auth.shared_secret", "has a blank in it, which no bearer token has");
         }
 
         if self.link.dead_secs <= self.link.ping_secs {
@@ -483,6 +506,11 @@ impl Secret {
     pub fn new(text: String) -> Self {
         Self(zeroize::Zeroizing::new(text))
     }
+    /// Whether this is the secret that a caller showed. How long the answer takes says nothing about it.
+    pub fn is(&self, shown: &str) -> bool {
+        let digest = |text: &str| Sha256::digest(text.as_bytes());
+        digest(&self.0).ct_eq(&digest(shown)).into()
+    }
     /// The secret itself, for the one place that sends it.
     pub fn expose(&self) -> &str {
         &self.0
@@ -569,6 +597,19 @@ mod tests {
         assert_eq!(upstream("https://upstream.test", Some("s3cret")), ["auth.upstream_url"]);
         assert_eq!(upstream("http://upstream.test", None), ["auth.upstream_secret"]);
         assert_eq!(upstream("http://upstream.test", Some("line\nbreak")), ["auth.upstream_secret"]);
+    }
+
+    #[test]
+    fn a_secret_that_nobody_could_show_is_refused() {
+        let services = |shared: &str, internal: &str| {
+            places(|config| {
+                config.auth.shared_secret = Some(Secret::new(shared.into()));
+                config.auth.internal_secret = Some(Secret::new(internal.into()));
+            })
+        };
+        assert_eq!(services("s3cret", "with blanks inside"), Vec::<String>::new());
+        assert_eq!(services("", ""), ["auth.shared_secret", "auth.internal_secret"]);
+        assert_eq!(services("with a blank", " s3cret"), ["auth.internal_secret", "auth.shared_secret"]);
     }
 
     /// `REWRITE=1 cargo test` brings the file up to date after a change of the table.

@@ -48,7 +48,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(20);
 /// Interval in which the disk space of output is looked at: a fast process writes a few hundred MiB meanwhile.
 const DISK_EVERY: Duration = Duration::from_secs(1);
 
-/// How long sessions may take to write what they have.
+/// How long sessions may take to write what they have, and calls that were cut to end their processes.
 const SESSIONS_CLOSE: Duration = Duration::from_secs(5);
 
 /// How long links may take to say farewell.
@@ -109,6 +109,7 @@ impl Drop for Gateway {
         self.drain.cancel();
         self.api.draining.cancel();
         self.api.sessions.stop.cancel();
+        self.api.corridor.stop.cancel();
         self.api.corridor.registry.close_all(CloseReason::Draining);
     }
 }
@@ -134,6 +135,8 @@ impl Gateway {
             identity: GatewayIdentity::generate()?,
             link: Arc::new(config.link.clone()),
             settings: config.workspace.clone(),
+            endings: TaskTracker::new(),
+            stop: CancellationToken::new(),
         });
         let metrics = Arc::new(Metrics::default());
         let workspaces = Arc::new(Workspaces::new(corridor.clone()));
@@ -163,6 +166,7 @@ impl Gateway {
         let observed = api.clone();
         let admin =
             Arc::new(Admin::new(store.clone(), admin_settings).observed_by(move |change| apply(&observed, change)));
+        let _ = api.operators.set(Arc::downgrade(&admin));
         let admin_socket = bind_admin(&state_dir, &lock).map_err(|source| StartError::Listen {
             address: crate::admin::socket_in(&state_dir).display().to_string(),
             source,
@@ -247,10 +251,14 @@ impl Gateway {
         }
 
         // Their processes live on at the executors; output that came until now is on disk.
+        let (sessions, endings) = (&self.api.sessions.tasks, &self.api.corridor.endings);
         self.api.sessions.stop.cancel();
-        self.api.sessions.tasks.close();
-        if timeout(SESSIONS_CLOSE, self.api.sessions.tasks.wait()).await.is_err() {
-            tracing::warn!(sessions = self.api.sessions.tasks.len(), "sessions did not let go in time");
+        self.api.corridor.stop.cancel();
+        sessions.close();
+        endings.close();
+        if timeout(SESSIONS_CLOSE, async { tokio::join!(sessions.wait(), endings.wait()) }).await.is_err() {
+            let (sessions, endings) = (sessions.len(), endings.len());
+            tracing::warn!(sessions, endings, "sessions, or what ends processes of calls, did not let go in time");
         }
 
         // A call after the restart waits for an executor only if it was seen lately.

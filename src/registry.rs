@@ -39,6 +39,15 @@ impl Default for Registry {
     }
 }
 
+/// A connected executor's times.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Presence {
+    /// When it connected.
+    pub since: SystemTime,
+    /// When it was last heard.
+    pub heard: SystemTime,
+}
+
 /// The executor has no link and none came in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the executor is not connected")]
@@ -52,8 +61,13 @@ impl Registry {
 
     /// When a bound executor connected, if it is connected.
     pub fn connected_since(&self, binding: &Binding) -> Option<SystemTime> {
+        self.presence(binding).map(|presence| presence.since)
+    }
+
+    /// Since when a bound executor is connected and when it was last heard, if it is connected.
+    pub fn presence(&self, binding: &Binding) -> Option<Presence> {
         let connected = self.links.get(binding.executor()).filter(|connected| !connected.link.is_ended())?;
-        Some(connected.since)
+        Some(Presence { since: connected.since, heard: SystemTime::now() - connected.link.silence() })
     }
 
     /// Counts executors that came or left: what was read of this registry holds while it stays the same.

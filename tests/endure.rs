@@ -17,22 +17,23 @@ use sha2::{Digest, Sha256};
 use crate::restart::{free_address, workspace};
 use crate::sessions::{Started, sha256, start};
 use crate::support::{
-    Caller, CodexExecutor, DaemonProcess, FakeExecutor, MIB, Marker, Proxy, Reply, Scratch, TestGateway, Workbench,
-    eventually, noise,
+    Caller, CodexExecutor, Credentials, DaemonProcess, FakeExecutor, MIB, Marker, Proxy, Reply, Scratch, TestGateway,
+    Workbench, eventually, noise,
 };
 
 /// The real daemon and the real executor, with a link between them that can be cut.
-struct Rig {
+pub struct Rig {
     state: Scratch,
-    address: SocketAddr,
+    pub address: SocketAddr,
     daemon: Option<DaemonProcess>,
-    caller: Caller,
-    proxy: Proxy,
+    pub caller: Caller,
+    pub credentials: Credentials,
+    pub proxy: Proxy,
     executor: CodexExecutor,
 }
 
 impl Rig {
-    async fn start() -> Self {
+    pub async fn start() -> Self {
         Self::with(&[]).await
     }
 
@@ -48,15 +49,15 @@ impl Rig {
         let proxy = Proxy::to(address).await;
         let url = format!("http://{}", proxy.address);
         let executor = CodexExecutor::connected(&url, &credentials, &caller, "box").await;
-        Self { state, address, daemon: Some(daemon), caller, proxy, executor }
+        Self { state, address, daemon: Some(daemon), caller, credentials, proxy, executor }
     }
 
-    async fn kill_and_restart(&mut self) {
+    pub async fn kill_and_restart(&mut self) {
         self.daemon.take().unwrap().kill().await;
         self.daemon = Some(DaemonProcess::start(&self.state, self.address, &[]).await);
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    pub fn file(&self, name: &str) -> PathBuf {
         self.executor.home().join(name)
     }
 
@@ -232,6 +233,37 @@ async fn an_exit_among_output_that_is_fetched_later_is_not_taken_for_a_loss() {
     assert_eq!(printed.stdout, b"early\nlate\n");
     assert_eq!(printed.last["exit_code"], 5);
     assert_eq!(printed.last["exit"]["streams"]["stdout"]["exact"], true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exit_before_the_gateway_was_killed_is_not_taken_for_one_of_the_chunks_lost_meanwhile() {
+    let mut rig = Rig::start().await;
+    let piece = 8192;
+    let bytes = noise(6, 512 * piece);
+    std::fs::write(rig.file("block"), &bytes).unwrap();
+    // What was left behind prints when the process itself is over, in pieces that become one chunk each.
+    let command = "main=$$; (while kill -0 $main; do sleep 0.02; done; echo late; \
+                   while [ ! -e go ]; do sleep 0.02; done; dd if=block bs=8192; touch done) 2>/dev/null & exit 5";
+    let caller = rig.caller.clone();
+    let session = start(&caller, json!({ "command": command, "stdin": "none" })).await;
+    session.prints("late").await;
+    rig.daemon.take().unwrap().kill().await;
+    std::fs::write(rig.file("go"), "").unwrap();
+    eventually("all is printed", async || rig.file("done").exists().then_some(())).await;
+    rig.daemon = Some(DaemonProcess::start(&rig.state, rig.address, &[]).await);
+
+    let (mut kept, mut lost) = (0, 0);
+    let last = session
+        .follow(8 * MIB, |page| {
+            for chunk in page["chunks"].as_array().unwrap() {
+                kept += bytes_of(chunk).len();
+                lost += chunk["gap"]["chunks"].as_u64().unwrap_or(0) as usize;
+            }
+        })
+        .await;
+    assert_eq!(kept + lost * piece, "late\n".len() + bytes.len(), "{lost} chunks lost");
+    assert!(lost > 0);
+    assert_eq!(last["exit_code"], 5);
 }
 
 /// Piece `number` of a long output: never the same as another.

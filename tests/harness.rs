@@ -1,10 +1,14 @@
 //! Harnesses of every kind on the bridge, with the real executor behind it.
 
+use std::collections::HashSet;
+
+use exec_gateway::admin::Request;
+use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, WorkspaceId};
 use serde_json::json;
 
 use crate::support::{Harness, MIB, Tongue, Workbench, eventually};
 
-const TONGUES: [Tongue; 3] = [Tongue::Json, Tongue::Frames, Tongue::Encrypted];
+pub const TONGUES: [Tongue; 3] = [Tongue::Json, Tongue::Frames, Tongue::Encrypted];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_kind_of_harness_runs_commands_and_reads_files() {
@@ -32,8 +36,8 @@ async fn a_plain_harness_resumes_its_session_on_another_socket() {
         first.start("p1", &command).await;
         // The first socket still lives: its harness may be gone without a word.
         let mut second = Harness::open(&bench.caller, executor, tongue).await;
-        let resumed = second.initialize(Some(&session)).await.unwrap();
-        assert_ne!(resumed, "", "{tongue:?}");
+        // Under the name that it asked for: a stock harness takes no other.
+        assert_eq!(second.initialize(Some(&session)).await.unwrap(), session, "{tongue:?}");
         std::fs::write(&go, "").unwrap();
         let (printed, code) = second.finished("p1").await;
         assert!(String::from_utf8(printed).unwrap().ends_with("two\n"));
@@ -74,5 +78,61 @@ async fn a_harness_that_never_reads_is_left_behind_alone() {
         assert_eq!(neighbour.run("p1", "echo quick").await.0, "quick\n");
         let farewell = stopped.farewell().await;
         assert_eq!(&*farewell.expect("a farewell").reason, "the harness reads too slowly", "{tongue:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plain_harness_that_asks_five_hundred_things_at_once_is_answered_each() {
+    // An executor that had them all at once would give up the stream.
+    let bench = Workbench::start().await;
+    for tongue in [Tongue::Json, Tongue::Frames] {
+        let (mut harness, _) = Harness::initialized(&bench.caller, &bench.credentials.executor, tongue).await;
+        let asked: HashSet<i64> = (1000..1500).collect();
+        for id in &asked {
+            harness.say(&json!({ "id": id, "method": "fs/getMetadata", "params": { "path": "file:///" } })).await;
+        }
+        let mut answered = HashSet::new();
+        while answered.len() < asked.len() {
+            let answer = harness.hear().await.unwrap();
+            assert_eq!(answer["result"]["isDirectory"], true, "{tongue:?}: {answer}");
+            assert!(answered.insert(answer["id"].as_i64().unwrap()), "{tongue:?}: answered twice: {answer}");
+        }
+        assert_eq!(answered, asked);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workspaces_on_one_executor_see_nothing_of_each_other() {
+    let bench = Workbench::start().await;
+    let id = &bench.credentials.executor;
+    let (workspace, name) = (WorkspaceId::new("other").unwrap(), EnvironmentName::new("shared").unwrap());
+    let executor = ExecutorId::new(id).unwrap();
+    bench.gateway.admin(Request::ExecutorBind { executor, workspace, name, default: false }).await;
+    let other = bench.gateway.caller("other").await;
+    for tongue in TONGUES {
+        let (mut ours, session) = Harness::initialized(&bench.caller, id, tongue).await;
+        let (mut theirs, _) = Harness::initialized(&other, id, tongue).await;
+        let go = bench.file(&format!("go-{tongue:?}"));
+        let command = |who: &str| format!("echo {who}; while [ ! -e {} ]; do sleep 0.02; done", go.display());
+        ours.start("ours", &command("ours")).await;
+        theirs.start("theirs", &command("theirs")).await;
+
+        let read = json!({ "processId": "ours", "afterSeq": 0, "maxBytes": 1024, "waitMs": 0 });
+        assert!(theirs.call("process/read", read.clone()).await.is_err(), "{tongue:?}");
+        let end = json!({ "processId": "ours" });
+        assert_eq!(theirs.call("process/terminate", end).await.unwrap()["running"], false, "{tongue:?}");
+        assert_eq!(ours.call("process/read", read).await.unwrap()["exited"], false, "{tongue:?}");
+        if tongue != Tongue::Encrypted {
+            let mut thief = Harness::open(&other, id, tongue).await;
+            let refused = thief.initialize(Some(&session)).await.unwrap_err();
+            assert_eq!(refused["message"], format!("unknown session id {session}"), "{tongue:?}");
+            // The socket is good for another try, and who has the session keeps it.
+            thief.initialize(None).await.unwrap();
+        }
+
+        std::fs::write(&go, "").unwrap();
+        // Both would fail on a notification about another's process.
+        assert_eq!(ours.finished("ours").await, (b"ours\n".to_vec(), 0), "{tongue:?}");
+        assert_eq!(theirs.finished("theirs").await, (b"theirs\n".to_vec(), 0), "{tongue:?}");
     }
 }

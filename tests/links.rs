@@ -12,7 +12,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use crate::support::{Answer, Caller, Credentials, FakeExecutor, FakeLink, Reply, TestGateway, eventually};
 
-const HANDSHAKE: [(&str, &str); 4] = [
+pub const HANDSHAKE: [(&str, &str); 4] = [
     ("connection", "Upgrade"),
     ("upgrade", "websocket"),
     ("sec-websocket-version", "13"),
@@ -20,20 +20,20 @@ const HANDSHAKE: [(&str, &str); 4] = [
 ];
 
 /// A gateway, its workspace's caller, and a stand-in on the line under the name `box`.
-struct Scene {
-    gateway: TestGateway,
-    caller: Caller,
-    credentials: Credentials,
-    executor: FakeExecutor,
-    link: FakeLink,
+pub struct Scene {
+    pub gateway: TestGateway,
+    pub caller: Caller,
+    pub credentials: Credentials,
+    pub executor: FakeExecutor,
+    pub link: FakeLink,
 }
 
 impl Scene {
-    async fn start() -> Self {
+    pub async fn start() -> Self {
         Self::with(|_| {}).await
     }
 
-    async fn with(change: impl FnOnce(&mut exec_gateway::config::Config)) -> Self {
+    pub async fn with(change: impl FnOnce(&mut exec_gateway::config::Config)) -> Self {
         let gateway = TestGateway::with(change).await;
         let caller = gateway.caller("w").await;
         let credentials = gateway.executor("w", "box").await;
@@ -336,7 +336,7 @@ async fn an_executor_that_never_initializes_runs_nothing() {
 
 #[tokio::test]
 async fn a_link_lost_in_the_middle_of_a_call_leaves_open_whether_it_ran() {
-    let scene = Scene::start().await;
+    let scene = Scene::with(|config| config.tools.relink_wait_secs = 1).await;
     scene.executor.on("process/start", Reply::Hangup);
     // The timeout of the call is an hour: it is the loss that ends it.
     let arguments = json!({ "command": "true", "timeout_ms": 3_600_000 });
@@ -346,7 +346,7 @@ async fn a_link_lost_in_the_middle_of_a_call_leaves_open_whether_it_ran() {
 
 #[tokio::test]
 async fn a_link_lost_while_reading_a_file_leaves_the_gateway_well() {
-    let scene = Scene::start().await;
+    let scene = Scene::with(|config| config.tools.relink_wait_secs = 1).await;
     let neighbour = scene.neighbour().await;
     scene.executor.on("fs/readBlock", Reply::Hangup);
     let answer = scene.caller.tool("box", "read_file", json!({ "path": "a" })).await;
@@ -384,28 +384,47 @@ async fn a_call_between_two_links_waits_for_the_second() {
 }
 
 #[tokio::test]
-async fn an_altered_record_ends_its_conversation_and_the_next_call_begins_another() {
+async fn an_altered_record_ends_its_conversation_and_the_call_goes_on_in_another() {
     for fault in [Reply::Tampered, Reply::Garbage, Reply::Reset] {
         let scene = Scene::start().await;
         let neighbour = scene.neighbour().await;
         scene.executor.on("process/start", fault);
-        assert_failure(&scene.call().await, 502, "executor_unreachable", Some("unknown"));
-        scene.executor.on("process/start", Reply::Usual);
-        scene.works().await;
-        assert_eq!(scene.executor.asked("handshake"), 2, "{fault:?}");
+        let (answer, ()) = tokio::join!(scene.call(), async {
+            let asked = || scene.executor.asked("process/start");
+            eventually("the call is tried again", async || (asked() > 1).then_some(())).await;
+            scene.executor.on("process/start", Reply::Usual);
+        });
+        assert_eq!(answer.json()["structuredContent"]["stdout"], format!("{}\n", scene.credentials.executor));
         assert!(!scene.link.is_ended(), "{fault:?}");
         neighbour.works().await;
     }
 }
 
 #[tokio::test]
+async fn an_executor_that_breaks_every_conversation_is_not_asked_without_end() {
+    let scene = Scene::with(|config| config.tools.relink_wait_secs = 1).await;
+    for fault in [Reply::Tampered, Reply::Garbage, Reply::Reset] {
+        let before = scene.executor.asked("process/start");
+        scene.executor.on("process/start", fault);
+        assert_failure(&scene.call().await, 502, "executor_unreachable", Some("unknown"));
+        let asked = scene.executor.asked("process/start") - before;
+        assert!((2..=8).contains(&asked), "{fault:?}: {asked}");
+    }
+    scene.executor.on("process/start", Reply::Usual);
+    scene.works().await;
+    assert!(!scene.link.is_ended());
+}
+
+#[tokio::test]
 async fn a_broken_conversation_about_processes_leaves_the_one_about_files_alone() {
-    let scene = Scene::start().await;
-    assert_eq!(scene.caller.tool("box", "read_file", json!({ "path": "a" })).await.status, 200);
+    let scene = Scene::with(|config| config.tools.relink_wait_secs = 1).await;
+    let files = async || scene.caller.tool("box", "read_file", json!({ "path": "a" })).await.status;
+    assert_eq!(files().await, 200);
     scene.executor.on("process/start", Reply::Garbage);
     assert_failure(&scene.call().await, 502, "executor_unreachable", Some("unknown"));
-    assert_eq!(scene.caller.tool("box", "read_file", json!({ "path": "a" })).await.status, 200);
-    assert_eq!(scene.executor.asked("handshake"), 2);
+    let handshakes = scene.executor.asked("handshake");
+    assert_eq!(files().await, 200);
+    assert_eq!(scene.executor.asked("handshake"), handshakes, "not opened anew");
 }
 
 #[tokio::test]

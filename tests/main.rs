@@ -4,7 +4,10 @@
 mod support;
 
 mod attach;
+mod bridge_faults;
 mod cli;
+mod codex_harness;
+mod compat;
 mod endure;
 mod files;
 mod flavours;
@@ -12,6 +15,7 @@ mod harness;
 mod limits;
 mod links;
 mod registration;
+mod relink;
 mod rest;
 mod restart;
 mod sessions;

@@ -67,8 +67,8 @@ async fn a_call_under_way_is_finished_before_the_gateway_stops() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_whose_executor_dies_ends_at_once_and_the_next_one_works() {
-    let bench = Workbench::start().await;
+async fn a_call_whose_executor_dies_ends_when_its_wait_is_over_and_the_next_one_works() {
+    let bench = Workbench::with(|config| config.tools.relink_wait_secs = 1).await;
     let call = begin(&bench.caller, &bench.executor).await;
 
     bench.executor.kill();
@@ -82,8 +82,28 @@ async fn a_call_whose_executor_dies_ends_at_once_and_the_next_one_works() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_call_whose_executor_was_restarted_ends_when_the_new_one_is_there() {
+    // The wait alone would take longer than a test may.
+    let bench = Workbench::with(|config| config.tools.relink_wait_secs = 3600).await;
+    let arguments = json!({ "command": WAITING, "timeout_ms": 3_600_000 });
+    let caller = bench.caller.clone();
+    let call = tokio::spawn(async move { caller.tool("box", "shell", arguments).await });
+    eventually("the call runs", async || bench.file("started").exists().then_some(())).await;
+
+    bench.executor.kill();
+    let _successor = CodexExecutor::start(&bench.gateway.url(), &bench.credentials).await;
+
+    assert_is_cut(call).await;
+    std::fs::write(bench.file("go"), "").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_call_whose_executor_dies_after_the_first_space_tells_so_in_its_result() {
-    let bench = Workbench::with(|config| config.tools.keepalive_after_secs = 1).await;
+    let bench = Workbench::with(|config| {
+        config.tools.keepalive_after_secs = 1;
+        config.tools.relink_wait_secs = 1;
+    })
+    .await;
     let marker = Marker::new();
     let sleep = json!({ "tool": "shell", "arguments": { "command": ["sleep", marker.to_string()] } });
     let answer = bench.caller.open("POST", "/api/connectors/envs/box/tool/call", sleep.to_string()).await;

@@ -5,7 +5,9 @@ use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, WorkspaceId};
 use futures_util::future::join_all;
 use serde_json::json;
 
-use crate::support::{Caller, Credentials, FakeExecutor, FakeLink, Reply, TestGateway, eventually};
+use crate::support::{
+    Caller, Credentials, FakeExecutor, FakeLink, Harness, PATIENCE, Reply, TestGateway, Tongue, Workbench, eventually,
+};
 
 async fn with_executor(gateway: &TestGateway, workspace: &str) -> (Caller, Credentials, FakeExecutor, FakeLink) {
     let credentials = gateway.executor(workspace, "box").await;
@@ -60,6 +62,31 @@ async fn one_executor_serves_two_workspaces_under_two_names_until_one_is_unbound
     assert!(second.environments().await.is_empty());
     assert_eq!(stdout(&first, "box").await, credentials.executor);
     assert_eq!(executor.asked("handshake"), 2, "the other conversation goes on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_ends_with_the_right_of_its_workspace_and_its_neighbour_does_not() {
+    let bench = Workbench::start().await;
+    let executor = bench.credentials.executor.as_str();
+    let guests: WorkspaceId = "guests".parse().unwrap();
+    let guest = bench.gateway.caller("guests").await;
+    let id: ExecutorId = executor.parse().unwrap();
+    let (name, workspace) = (EnvironmentName::new("shared").unwrap(), guests.clone());
+    let bind = Request::ExecutorBind { executor: id.clone(), workspace, name, default: false };
+    let unbind = Request::ExecutorUnbind { executor: id, workspace: guests.clone() };
+    for tongue in [Tongue::Json, Tongue::Frames, Tongue::Encrypted] {
+        let (mut neighbour, _) = Harness::initialized(&bench.caller, executor, tongue).await;
+        for end in [unbind.clone(), Request::RevokeWorkspace { workspace: guests.clone() }] {
+            bench.gateway.admin(bind.clone()).await;
+            let (mut harness, _) = Harness::initialized(&guest, executor, tongue).await;
+            harness.start("p1", "sleep 1000").await;
+            bench.gateway.admin(end).await;
+            let farewell = tokio::time::timeout(PATIENCE, harness.farewell()).await.expect("its socket ends");
+            let farewell = farewell.expect("a farewell");
+            assert_eq!(&*farewell.reason, "the right to this executor has ended", "{tongue:?}");
+        }
+        assert_eq!(neighbour.run("p1", "echo on").await.0, "on\n", "{tongue:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -46,7 +46,8 @@ pub fn run(resolved: Resolved, once: bool, codex: Option<PathBuf>) -> anyhow::Re
         _ => resolved.config.log_level,
     };
     start_logging(level, resolved.config.log_format);
-    raise_open_files();
+    let open_files_max = raise_open_files();
+    tracing::info!(open_files_max, "starting");
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
     runtime.block_on(async {
         let shutdown = shutdown_signal().context("signals cannot be listened to")?;

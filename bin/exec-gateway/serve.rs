@@ -20,17 +20,18 @@ use tracing_subscriber::prelude::*;
 /// The gateway cannot start, or failed while it ran.
 pub fn run(config: Config) -> anyhow::Result<()> {
     start_logging(config.log_level, config.log_format);
-    raise_open_files();
+    let open_files_max = raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
     runtime.block_on(async {
         // Listened to before the start, so that a signal in its midst drains instead of killing.
         let shutdown = shutdown_signal().context("signals cannot be listened to")?;
-        serve(config, shutdown).await
+        serve(config, open_files_max, shutdown).await
     })
 }
 
-async fn serve(config: Config, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+async fn serve(config: Config, open_files_max: Option<u64>, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
     let gateway = Gateway::start(config).await?;
+    tracing::info!(open_files_max, "serving");
     announce_ready(gateway.listen(), gateway.ops());
     gateway.run_until(shutdown).await;
     Ok(())
@@ -67,15 +68,15 @@ pub fn start_logging(level: LogLevel, format: LogFormat) {
     tracing_subscriber::registry().with(lines.with_filter(targets)).init();
 }
 
-/// Every executor, harness and caller is an open file, and the usual soft limit is 1024.
-pub fn raise_open_files() {
+/// Raises the limit of open files as far as it goes and says how far that is: every executor, harness and caller is an
+/// open file, and the usual soft limit is 1024.
+pub fn raise_open_files() -> Option<u64> {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
         tracing::warn!(%error, "the limit of open files could not be raised");
     }
-    let open_files_max = getrlimit(Resource::Nofile).current;
-    tracing::info!(open_files_max, "files that may be open at once");
+    getrlimit(Resource::Nofile).current
 }
 
 /// Ready at the first SIGTERM or SIGINT from now on.

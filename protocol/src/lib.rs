@@ -3,6 +3,7 @@
 //! No tokio, no I/O, no clock: a client could use this crate alone, and the fuzzer does.
 
 pub mod cap_token;
+pub mod compat;
 pub mod endpoint;
 pub mod frame;
 pub mod harness_token;

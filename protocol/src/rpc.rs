@@ -70,6 +70,18 @@ pub struct RpcError {
     pub message: String,
 }
 
+impl RpcError {
+    /// Whether a start was refused since the session has a process of that id already. Executors have no code for it.
+    pub fn is_known_process(&self) -> bool {
+        self.code == INVALID_REQUEST && self.message.contains("already exists")
+    }
+
+    /// Whether a process cannot be read since it is only being started, by another conversation of the session.
+    pub fn is_starting_process(&self) -> bool {
+        self.code == INVALID_REQUEST && self.message.ends_with("is starting")
+    }
+}
+
 /// Why a text is not a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RpcParseError {

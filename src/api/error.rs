@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use hyper::header::{HeaderName, HeaderValue};
 
+use crate::admin::AdminError;
 use crate::auth::AuthError;
 use crate::edge::body::BodyError;
 use crate::edge::upgrade::UpgradeError;
@@ -57,6 +58,12 @@ impl ApiError {
     /// Says whether the call may have run.
     pub fn with_ran(mut self, ran: Ran) -> Self {
         self.ran = Some(ran);
+        self
+    }
+
+    /// The same in other words, where callers know them.
+    pub fn in_words(mut self, message: &str) -> Self {
+        message.clone_into(&mut self.message);
         self
     }
 
@@ -153,6 +160,21 @@ impl From<UpgradeError> for ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         Self::new(503, "store_unavailable", "the gateway's store does not answer").retry_after(2).caused_by(&error)
+    }
+}
+
+impl From<AdminError> for ApiError {
+    fn from(error: AdminError) -> Self {
+        match error {
+            AdminError::Refused(message) => Self::new(400, "bad_request", message),
+            AdminError::NotFound(message) => Self::new(404, "not_found", message),
+            AdminError::Conflict(message) => Self::new(409, "conflict", message),
+            AdminError::Unavailable(_) | AdminError::Damaged(_) => {
+                Self::new(503, "store_unavailable", "the gateway's store does not answer")
+                    .retry_after(2)
+                    .caused_by(&error)
+            }
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use tokio_tungstenite::WebSocketStream;
 use uuid::Uuid;
 
 use super::error::ApiError;
-use super::{Api, harness, json, query_parameter};
+use super::{Api, credential, harness, json, query_parameter};
 use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
 use crate::auth::sigv4::SignedRequest;
 use crate::config::Secret;
@@ -390,10 +390,47 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     if registration.is_none() && !ticket.as_ref().is_some_and(of_executor) {
         return harness::open(api, id, request).await;
     }
+    serve_link(api, id, ticket, registration, request).await
+}
+
+/// `GET /cloud/relay/{registration}`: the same with the executor that has registered so. Its harnesses show their
+/// credential anywhere but in the query, where the executor has its ticket.
+pub async fn open_registered_link(
+    api: &Arc<Api>,
+    registration: &str,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, ApiError> {
+    let id = RegistrationId::new(registration).map_err(|_| register_again(false, "unknown_route"))?;
+    let stored = find_registration(api, &mut Hold::new(api), &id).await?;
+    let executor = stored.ok_or_else(|| register_again(false, "unknown_route"))?.executor;
+    let ticket = query_parameter(request.uri().query().unwrap_or_default(), "token");
+    if ticket.is_none() && credential::of_socket(&request).is_ok() {
+        return harness::open(api, executor.as_str(), request).await;
+    }
+    serve_link(api, executor.as_str(), ticket, Some(registration.to_owned()), request).await
+}
+
+async fn find_registration(api: &Api, hold: &mut Hold, id: &RegistrationId) -> Result<Option<Registration>, ApiError> {
+    loop {
+        let attempt = async { Ok(api.corridor.store.registration(id).await?) };
+        if let Some(stored) = hold.attempt(attempt).await? {
+            return Ok(stored);
+        }
+    }
+}
+
+async fn serve_link(
+    api: &Arc<Api>,
+    id: &str,
+    ticket: Option<String>,
+    registration: Option<String>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, ApiError> {
     // A registration without a ticket is still an executor, to whom 401 is never said.
     let ticket = ticket.unwrap_or_default();
     upgrade::check(request.headers())?;
     api.refuse_while_draining()?;
+    let query = request.uri().query().unwrap_or_default();
     let direct = query_parameter(query, "t").is_some_and(|transport| transport == "direct");
     let again = |reason| register_again(direct, reason);
     let unknown = || again("unknown_route");
@@ -408,12 +445,7 @@ pub async fn open_link(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
     let registration = registration.and_then(|id| RegistrationId::new(&id).ok()).ok_or_else(unknown)?;
     // The executor waits 10 s for the upgrade, as for a register.
     let mut hold = Hold::new(api);
-    let stored = loop {
-        let attempt = async { Ok(api.corridor.store.registration(&registration).await?) };
-        if let Some(stored) = hold.attempt(attempt).await? {
-            break stored;
-        }
-    };
+    let stored = find_registration(api, &mut hold, &registration).await?;
     let registration = stored.filter(|stored| stored.executor == executor).ok_or_else(unknown)?;
     let transport = registration.transport;
     if direct != (transport == Transport::Direct) {

@@ -10,12 +10,13 @@ use zeroize::Zeroizing;
 
 use super::credential::SocketCredential;
 use super::error::ApiError;
-use super::{Api, credential, executor, json};
-use crate::auth::{AuthError, Principal};
+use super::{Api, credential, executor, json, query_parameter};
+use crate::auth::{AuthError, Principal, bearer};
 use crate::edge::body::{self, Body};
 use crate::edge::upgrade::{self, SocketLimits};
 use crate::ops::metrics::OutcomeLabel;
-use crate::protocol::ids::{ExecutorId, RegistrationId};
+use crate::protocol::harness_token::HarnessClaims;
+use crate::protocol::ids::ExecutorId;
 use crate::protocol::rest::{ConnectRequest, ConnectResponse, HarnessKey, KeyBytes, SECURITY_PROFILE};
 use crate::relay::harness::{Flavour, HarnessEnd, HarnessSocket, Names};
 use crate::relay::link::LinkHandle;
@@ -38,7 +39,7 @@ struct Admitted {
 /// Checks a credential and that its workspace may reach the executor.
 async fn admit(api: &Arc<Api>, token: Zeroizing<String>, id: &str) -> Result<Admitted, ApiError> {
     let revocations = api.corridor.auth.revocations();
-    let principal = api.corridor.auth.principal(&token).await?;
+    let principal = api.corridor.auth.principal(&token).await.map_err(refused)?;
     let (workspace, binding) = reach(api, &principal, id).await?;
     let caller = principal.clone();
     let refused = Box::pin(async move {
@@ -48,6 +49,18 @@ async fn admit(api: &Arc<Api>, token: Zeroizing<String>, id: &str) -> Result<Adm
         }
     });
     Ok(Admitted { principal, workspace, binding, refused })
+}
+
+/// The words of the original, by which its callers tell one refusal from another (connectors-api.md §2.4).
+fn refused(error: AuthError) -> ApiError {
+    let words = match &error {
+        AuthError::MissingBearer => "missing Bearer",
+        AuthError::Invalid => "unauthorized",
+        AuthError::Expired => "token expired",
+        AuthError::Revoked => "turn revoked",
+        AuthError::Unavailable { .. } => return error.into(),
+    };
+    ApiError::from(error).in_words(words)
 }
 
 /// The workspace of a principal, and its right to the executor. Unknown and foreign executors answer alike.
@@ -87,11 +100,13 @@ pub async fn connect(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Re
     let executor_public_key = public_key(registration).ok_or_else(not_encrypted)?;
     let harness = api.corridor.auth.harness();
     let authorization = harness.mint(workspace.id(), &registration.executor, &registration.id, &key.digest());
+    // For our door alone: the authorization is shown to the executor too, and tells nothing about the caller.
+    let credential = api.corridor.auth.resume_names().seal_bearer(&registration.executor, bearer(&head.headers)?);
     let base = executor::websocket_base(api, &head.headers);
     Ok(json(&ConnectResponse {
         environment_id: id.to_owned(),
-        // Ids and authorizations consist of characters that need no escaping in a query.
-        url: format!("{base}/bridge/{id}?token={authorization}"),
+        // All three consist of characters that need no escaping in a query.
+        url: format!("{base}/bridge/{id}?token={authorization}&by={credential}"),
         security_profile: SECURITY_PROFILE.to_owned(),
         executor_registration_id: registration.id.to_string(),
         executor_public_key,
@@ -112,21 +127,23 @@ fn not_encrypted() -> ApiError {
 pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     upgrade::check(request.headers())?;
     api.refuse_while_draining()?;
-    let SocketCredential { token, protocol } = credential::of_socket(&request)?;
-    let handshake = token.starts_with("h1.").then(|| handshake(api, &token, id)).transpose()?;
-    let (admitted, registration) = match handshake {
-        Some((principal, registration)) => {
-            let (workspace, binding) = reach(api, &principal, id).await?;
-            // The authorization is for the opening alone; the end of the binding ends the stream.
-            let refused = Box::pin(std::future::pending());
-            (Admitted { principal, workspace, binding, refused }, Some(registration))
+    let SocketCredential { token, protocol } = credential::of_socket(&request).map_err(refused)?;
+    let (token, handshake) = match token.starts_with("h1.") {
+        true => {
+            let (bearer, claims) = handshake(api, &token, id, request.uri().query()).map_err(refused)?;
+            (bearer, Some(claims))
         }
-        None => (admit(api, token, id).await?, None),
+        false => (token, None),
     };
+    let admitted = admit(api, token, id).await?;
+    if handshake.as_ref().is_some_and(|claims| claims.workspace != *admitted.workspace.id()) {
+        return Err(refused(AuthError::Invalid));
+    }
+    let registration = handshake.map(|claims| claims.registration);
     let link = link(api, &admitted.binding).await?;
     if registration.as_ref().is_some_and(|registration| *registration != link.registration().id) {
         // The executor was restarted: the harness asks for the way again (codex-exec-server.md §8.3).
-        return Err(ApiError::new(401, "invalid_token", "the executor has another registration by now"));
+        return Err(refused(AuthError::Invalid));
     }
     if registration.is_some() && link.locks_out(admitted.workspace.id()) {
         let message = "too many encrypted handshakes with this executor have failed";
@@ -161,9 +178,17 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
     Ok(response)
 }
 
-fn handshake(api: &Api, token: &str, id: &str) -> Result<(Principal, RegistrationId), ApiError> {
-    let executor = ExecutorId::new(id).map_err(|_| AuthError::Invalid)?;
-    Ok(api.corridor.auth.handshake_principal(token, &executor)?)
+/// The credential under which a handshake was authorized, and for what.
+fn handshake(
+    api: &Api,
+    authorization: &str,
+    id: &str,
+    query: Option<&str>,
+) -> Result<(Zeroizing<String>, HarnessClaims), AuthError> {
+    let (auth, executor) = (&api.corridor.auth, ExecutorId::new(id).map_err(|_| AuthError::Invalid)?);
+    let claims = auth.handshake(authorization, &executor)?;
+    let sealed = query_parameter(query.unwrap_or_default(), "by").ok_or(AuthError::Invalid)?;
+    Ok((auth.resume_names().open_bearer(&executor, &sealed).ok_or(AuthError::Invalid)?, claims))
 }
 
 /// Carries what one harness and its executor say, until either ends.

@@ -1,5 +1,6 @@
 //! The doors: parse, authenticate, call the domain, answer. No rules of the domain live here.
 
+pub mod compat;
 mod credential;
 pub mod error;
 pub mod executor;
@@ -8,7 +9,7 @@ pub mod processes;
 pub mod rest;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock, Weak};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -20,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::error::ApiError;
+use crate::admin::Admin;
 use crate::config::Config;
 use crate::edge::body::{Body, full};
 use crate::edge::router::{Envelope, Route, RouteError, Router, percent_decode};
@@ -54,6 +56,8 @@ pub struct Api {
     pub sockets: TaskTracker,
     /// Cancelled when the gateway stops: new calls are refused, live streams say so and end.
     pub draining: CancellationToken,
+    /// Carries out what services change, as operators' commands; set by the gateway, which owns it.
+    pub operators: OnceLock<Weak<Admin>>,
     router: Router,
 }
 
@@ -77,6 +81,7 @@ impl Api {
             links: TaskTracker::new(),
             sockets: TaskTracker::new(),
             draining: CancellationToken::new(),
+            operators: OnceLock::new(),
             router: Router::new(),
         }
     }
@@ -131,6 +136,14 @@ impl Api {
             Route::RegisterDirect => executor::register(&self, executor::Door::Direct, &parameter, request).await,
             Route::Validate => executor::validate(&self, &parameter, request).await,
             Route::Connect => harness::connect(&self, &parameter, request).await,
+            Route::Connected => compat::connected(&self, request).await,
+            Route::RevokeTurn => compat::revoke_turn(&self, request).await,
+            Route::ExecutorRegister => compat::register(&self, request).await,
+            Route::ExecutorDelete => compat::delete(&self, &parameter, request).await,
+            Route::ExecutorBind => compat::bind(&self, &parameter, request).await,
+            Route::ExecutorsBound => compat::bound(&self, &parameter, request).await,
+            Route::ExecutorUnbind => compat::unbind(&self, &parameter, request).await,
+            Route::CloudRelay => executor::open_registered_link(&self, &parameter, request).await,
             Route::Bridge => executor::open_link(&self, &parameter, request).await,
             Route::Health => {
                 let body = if request.method() == Method::HEAD { full("") } else { full("ok\n") };
@@ -179,6 +192,10 @@ fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
         Envelope::Json => {
             let mut body = ErrorBody::new(error.code(), error.message());
             body.error.ran = error.ran();
+            (full(json_line(&body)), "application/json")
+        }
+        Envelope::Message => {
+            let body = serde_json::json!({ "error": error.message() });
             (full(json_line(&body)), "application/json")
         }
         Envelope::Text => (full(format!("{}\n", error.message())), "text/plain; charset=utf-8"),

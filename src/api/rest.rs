@@ -11,6 +11,7 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Request, Response};
+use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use tokio::time::{Instant, interval_at, timeout};
 use zeroize::Zeroizing;
@@ -161,16 +162,17 @@ fn late_failure(error: &ApiError) -> ToolResult {
     ToolResult { structured_content: Some(structured), ..ToolResult::error(error.message()) }
 }
 
-fn parse(body: &[u8]) -> Result<ToolCall, ApiError> {
+/// A body that is one JSON object; what is wrong with it is said with the field it is about.
+pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     // serde reads a struct from an array too, member by member.
     if body.trim_ascii_start().first() == Some(&b'[') {
         return Err(ApiError::new(400, "bad_request", "expected an object"));
     }
     let mut json = serde_json::Deserializer::from_slice(body);
-    let call = serde_path_to_error::deserialize(&mut json)
+    let value = serde_path_to_error::deserialize(&mut json)
         .map_err(|error| ApiError::new(400, "bad_request", field_error("", &error)))?;
     json.end().map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
-    Ok(call)
+    Ok(value)
 }
 
 /// A decoder's error with the field it is about.

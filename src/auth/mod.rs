@@ -22,8 +22,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use exec_gateway_protocol::cap_token::is_cap_token;
-use exec_gateway_protocol::harness_token::HarnessTokenError;
-use exec_gateway_protocol::ids::{ExecutorId, RegistrationId, TokenId, TurnId, UserId, WorkspaceId};
+use exec_gateway_protocol::harness_token::{HarnessClaims, HarnessTokenError};
+use exec_gateway_protocol::ids::{ExecutorId, TokenId, TurnId, UserId, WorkspaceId};
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
 use tokio::sync::{broadcast, watch};
@@ -105,8 +105,6 @@ pub enum CredentialId {
     Digest([u8; 32]),
     /// A cap-token, by the turn it was minted for.
     Cap(TurnId),
-    /// The authorization of one encrypted handshake.
-    Handshake,
 }
 
 impl fmt::Display for CredentialId {
@@ -119,7 +117,6 @@ impl fmt::Display for CredentialId {
                 digest[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
             }
             Self::Cap(turn) => write!(f, "cap:{turn}"),
-            Self::Handshake => f.write_str("handshake"),
         }
     }
 }
@@ -230,29 +227,16 @@ impl Auth {
         self.0.proxy_tokens.principal(bearer).await
     }
 
-    /// Who shows the authorization of an encrypted handshake with this executor at our door, and for which registration
-    /// it was made. It opens streams; once one is open its own end means nothing.
+    /// What the authorization of an encrypted handshake with this executor says, shown at our door. It opens a socket;
+    /// once one is open its own end means nothing.
     ///
     /// # Errors
-    /// [`AuthError::Invalid`] and [`AuthError::Expired`].
-    pub fn handshake_principal(
-        &self,
-        authorization: &str,
-        executor: &ExecutorId,
-    ) -> Result<(Principal, RegistrationId), AuthError> {
-        let claims = self.0.harness.admit(authorization, executor).map_err(|error| match error {
+    /// [`AuthError::Invalid`], [`AuthError::Expired`].
+    pub fn handshake(&self, authorization: &str, executor: &ExecutorId) -> Result<HarnessClaims, AuthError> {
+        self.0.harness.admit(authorization, executor).map_err(|error| match error {
             HarnessAuthError::Token(HarnessTokenError::Expired) => AuthError::Expired,
             HarnessAuthError::Token(_) | HarnessAuthError::OtherHandshake => AuthError::Invalid,
-        })?;
-        let principal = Principal(Arc::new(Claims {
-            workspace: claims.workspace,
-            user: None,
-            credential: CredentialId::Handshake,
-            scopes: Scopes::default(),
-            expires_at: None,
-            issued_at: None,
-        }));
-        Ok((principal, claims.registration))
+        })
     }
 
     /// Watches for credentials that are taken away from now on. Made before a credential is checked, it misses nothing
@@ -285,7 +269,7 @@ impl Auth {
     pub fn harness(&self) -> &HarnessAuth {
         &self.0.harness
     }
-    /// Names of executor sessions for harnesses.
+    /// What harnesses are given sealed.
     pub fn resume_names(&self) -> &ResumeNames {
         &self.0.resume
     }

@@ -1,14 +1,15 @@
-//! Names of executor sessions for harnesses whose encryption the gateway ends: the executor's own name, sealed for one
-//! workspace and one executor.
+//! What harnesses are given sealed, to be shown again later: names of executor sessions, where the gateway ends the
+//! encryption, and the credential under which an encrypted one may open its socket.
 //!
-//! Owned by [`super::Auth`]. Nothing is stored, so that a name still opens after a restart; how long the session behind
-//! it can be resumed is for the executor to say.
+//! Owned by [`super::Auth`]. Nothing is stored, so that what was sealed still opens after a restart; how long a session
+//! can be resumed is for the executor to say.
 
 use aes_gcm::aead::{Aead, KeyInit, Payload};
 use aes_gcm::{Aes256Gcm, Nonce};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use exec_gateway_protocol::ids::{ExecutorId, WorkspaceId};
+use zeroize::Zeroizing;
 
 use super::cap_token::keys;
 use crate::protocol::rpc::ExecutorSessionId;
@@ -19,7 +20,7 @@ const PREFIX: &str = "hs1.";
 
 const NONCE_BYTES: usize = 12;
 
-/// Seals and opens names of executor sessions.
+/// Seals and opens names of executor sessions, and credentials.
 pub struct ResumeNames {
     keys: Keyring,
 }
@@ -31,25 +32,42 @@ impl ResumeNames {
 
     /// What a harness of the workspace is given in place of the executor's own name.
     pub fn seal(&self, workspace: &WorkspaceId, executor: &ExecutorId, session: &ExecutorSessionId) -> String {
-        let mut nonce = [0; NONCE_BYTES];
-        getrandom::fill(&mut nonce).expect("the system gives random bytes");
-        let data = context(workspace, executor);
-        let payload = Payload { msg: session.reveal().as_bytes(), aad: &data };
-        let sealed = cipher(&self.keys.current.secret)
-            .encrypt(Nonce::from_slice(&nonce), payload)
-            .expect("a session name is far below the cipher's bound");
-        format!("{PREFIX}{}", URL_SAFE_NO_PAD.encode([&nonce[..], &sealed].concat()))
+        format!("{PREFIX}{}", self.close(&context(workspace, executor), session.reveal()))
     }
 
     /// The executor's own name; `None` for what was not sealed here for this workspace and executor.
     pub fn open(&self, workspace: &WorkspaceId, executor: &ExecutorId, name: &str) -> Option<ExecutorSessionId> {
-        let bytes = URL_SAFE_NO_PAD.decode(name.strip_prefix(PREFIX)?).ok()?;
+        let session = self.disclose(&context(workspace, executor), name.strip_prefix(PREFIX)?)?;
+        Some(ExecutorSessionId::new(session))
+    }
+
+    /// The credential of a caller, for the URL of an encrypted harness's socket: the socket ends with it.
+    pub fn seal_bearer(&self, executor: &ExecutorId, bearer: &str) -> String {
+        self.close(&bearer_context(executor), bearer)
+    }
+
+    /// The credential; `None` for what was not sealed here for this executor.
+    pub fn open_bearer(&self, executor: &ExecutorId, sealed: &str) -> Option<Zeroizing<String>> {
+        self.disclose(&bearer_context(executor), sealed).map(Zeroizing::new)
+    }
+
+    fn close(&self, context: &[u8], text: &str) -> String {
+        let mut nonce = [0; NONCE_BYTES];
+        getrandom::fill(&mut nonce).expect("the system gives random bytes");
+        let payload = Payload { msg: text.as_bytes(), aad: context };
+        let sealed = cipher(&self.keys.current.secret)
+            .encrypt(Nonce::from_slice(&nonce), payload)
+            .expect("names and credentials are far below the cipher's bound");
+        URL_SAFE_NO_PAD.encode([&nonce[..], &sealed].concat())
+    }
+
+    fn disclose(&self, context: &[u8], sealed: &str) -> Option<String> {
+        let bytes = URL_SAFE_NO_PAD.decode(sealed).ok()?;
         let (nonce, sealed) = bytes.split_at_checked(NONCE_BYTES)?;
-        let data = context(workspace, executor);
         keys(&self.keys).find_map(|key| {
-            let payload = Payload { msg: sealed, aad: &data };
-            let session = cipher(&key.secret).decrypt(Nonce::from_slice(nonce), payload).ok()?;
-            Some(ExecutorSessionId::new(String::from_utf8(session).ok()?))
+            let payload = Payload { msg: sealed, aad: context };
+            let text = cipher(&key.secret).decrypt(Nonce::from_slice(nonce), payload).ok()?;
+            String::from_utf8(text).ok()
         })
     }
 }
@@ -61,6 +79,11 @@ fn cipher(secret: &[u8]) -> Aes256Gcm {
 /// Ids have no NUL, so no two pairs give the same bytes.
 fn context(workspace: &WorkspaceId, executor: &ExecutorId) -> Vec<u8> {
     [workspace.as_str().as_bytes(), &[0], executor.as_str().as_bytes()].concat()
+}
+
+/// No workspace's name is empty, so this is no context of a session.
+fn bearer_context(executor: &ExecutorId) -> Vec<u8> {
+    [&b"\0bearer\0"[..], executor.as_str().as_bytes()].concat()
 }
 
 #[cfg(test)]
@@ -83,6 +106,20 @@ mod tests {
         for strange in ["", "hs1.", "hs1.AAAA", "2fe417ee-09f3-4cda-b576-6d5c432917a8", &name[..name.len() - 2]] {
             assert!(names.open(&one, &here, strange).is_none(), "{strange}");
         }
+    }
+
+    #[test]
+    fn a_credential_opens_for_its_executor_alone_and_is_no_name_of_a_session() {
+        let names = ResumeNames::new(ring(1, None));
+        let (here, there) = ("exe_1".parse().unwrap(), "exe_2".parse().unwrap());
+        let sealed = names.seal_bearer(&here, "secret");
+        assert!(!sealed.contains("secret"));
+        assert_eq!(names.open_bearer(&here, &sealed).unwrap().as_str(), "secret");
+        assert!(names.open_bearer(&there, &sealed).is_none());
+        let workspace = "w".parse().unwrap();
+        assert!(names.open(&workspace, &here, &format!("hs1.{sealed}")).is_none());
+        let session = names.seal(&workspace, &here, &ExecutorSessionId::new("s"));
+        assert!(names.open_bearer(&here, &session["hs1.".len()..]).is_none());
     }
 
     #[test]

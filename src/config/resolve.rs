@@ -6,12 +6,42 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use toml::de::{DeTable, DeValue};
 
-use super::{Config, KNOBS, Kind, Knob, SECTIONS, Secret, usual_state_dir};
+use super::{Auth, Config, KNOBS, Kind, Knob, SECTIONS, Secret, usual_state_dir};
+
+/// A secret with the other ways to give it.
+struct SecretKnobs {
+    knob: &'static str,
+    file: &'static str,
+    /// Its name among systemd's credentials.
+    credential: &'static str,
+    of: fn(&mut Auth) -> (&mut Option<Secret>, &Option<PathBuf>),
+}
+
+static SECRETS: [SecretKnobs; 3] = [
+    SecretKnobs {
+        knob: "auth.upstream_secret",
+        file: "auth.upstream_secret_file",
+        credential: "upstream_secret",
+        of: |auth| (&mut auth.upstream_secret, &auth.upstream_secret_file),
+    },
+    SecretKnobs {
+        knob: "auth.shared_secret",
+        file: "auth.shared_secret_file",
+        credential: "shared_secret",
+        of: |auth| (&mut auth.shared_secret, &auth.shared_secret_file),
+    },
+    SecretKnobs {
+        knob: "auth.internal_secret",
+        file: "auth.internal_secret_file",
+        credential: "internal_secret",
+        of: |auth| (&mut auth.internal_secret, &auth.internal_secret_file),
+    },
+];
 
 /// A configuration and where each value of it came from.
 #[derive(Debug, Clone)]
@@ -138,7 +168,8 @@ impl Config {
         }
         draft.take_environment(&env);
         draft.take_flags(flags);
-        draft.find_secret(env.get(OsStr::new("CREDENTIALS_DIRECTORY")).map(Path::new));
+        let credentials = env.get(OsStr::new("CREDENTIALS_DIRECTORY")).map(Path::new);
+        SECRETS.iter().for_each(|secret| draft.find_secret(secret, credentials));
         if draft.config.state_dir.is_none() {
             draft.config.state_dir = usual_state_dir(|name| env.get(OsStr::new(name)).cloned());
         }
@@ -274,32 +305,30 @@ impl Draft {
     }
 
     /// The secret may be given itself, by its file, or by systemd; of the first two the stronger source counts.
-    fn find_secret(&mut self, credentials: Option<&Path>) {
-        const SECRET: &str = "auth.upstream_secret";
-        const SECRET_FILE: &str = "auth.upstream_secret_file";
+    fn find_secret(&mut self, secret: &SecretKnobs, credentials: Option<&Path>) {
         let source = |knob| self.sources.get(knob).copied().unwrap_or(Source::Default);
-        let (direct, by_file) = (source(SECRET), source(SECRET_FILE));
-        let auth = &mut self.config.auth;
-        let (path, found) = match &auth.upstream_secret_file {
-            Some(_) if auth.upstream_secret.is_some() && direct == by_file => {
-                let message = format!("{SECRET} is given as well; only one of them can hold");
-                return self.faults.push(Fault::new(SECRET_FILE, message));
+        let (direct, by_file) = (source(secret.knob), source(secret.file));
+        let (value, file) = (secret.of)(&mut self.config.auth);
+        let (path, found) = match file {
+            Some(_) if value.is_some() && direct == by_file => {
+                let message = format!("{} is given as well; only one of them can hold", secret.knob);
+                return self.faults.push(Fault::new(secret.file, message));
             }
-            Some(path) if auth.upstream_secret.is_none() || direct < by_file => (path.clone(), Source::SecretFile),
-            _ if auth.upstream_secret.is_some() || self.refused.contains(SECRET) => return,
-            _ => match credentials.map(|directory| directory.join("upstream_secret")) {
+            Some(path) if value.is_none() || direct < by_file => (path.clone(), Source::SecretFile),
+            _ if value.is_some() || self.refused.contains(secret.knob) => return,
+            _ => match credentials.map(|directory| directory.join(secret.credential)) {
                 Some(path) if path.exists() => (path, Source::Credential),
                 _ => return,
             },
         };
         match read_secret(&path) {
-            Ok(secret) => {
-                auth.upstream_secret = Some(secret);
-                self.sources.insert(SECRET, found);
+            Ok(text) => {
+                *value = Some(text);
+                self.sources.insert(secret.knob, found);
             }
             Err(message) => {
-                self.refused.insert(SECRET);
-                self.faults.push(Fault::new(SECRET_FILE, message));
+                self.refused.insert(secret.knob);
+                self.faults.push(Fault::new(secret.file, message));
             }
         }
     }
@@ -436,7 +465,7 @@ mod tests {
         let secret = scratch.write("secret", "from the file");
         for knob in KNOBS {
             let (mut text, mut value) = another_value(knob);
-            if knob.name == "auth.upstream_secret_file" {
+            if knob.name.ends_with("_secret_file") {
                 (text, value) = (secret.clone(), format!("'{secret}'"));
             }
             let mut ways = vec![
@@ -604,6 +633,10 @@ mod tests {
 
         let both = "auth.upstream_secret = 'x'\nauth.upstream_secret_file = 'y'";
         assert_eq!(faults(&[], both, &[])[0].place, "auth.upstream_secret_file");
+        // Each secret has a credential of its own.
+        scratch.write("internal_secret", "another");
+        let auth = resolve(&[], "", &[systemd]).unwrap().config.auth;
+        assert_eq!((auth.internal_secret.unwrap().expose(), auth.shared_secret), ("another", None));
         // An unreadable file is one fault: that the secret is missing as well would be noise.
         let missing = [("auth.upstream_secret_file", "no/such/file"), ("auth.upstream_url", "http://upstream.test")];
         assert_eq!(faults(&missing, "", &[]).len(), 1);

@@ -38,6 +38,22 @@ pub enum Route {
     Connect,
     /// An executor or a harness opens its socket.
     Bridge,
+    /// A registered executor opens its socket.
+    CloudRelay,
+    /// A service asks who is connected.
+    Connected,
+    /// A service ends a turn.
+    RevokeTurn,
+    /// A service makes an executor.
+    ExecutorRegister,
+    /// A service deletes an executor.
+    ExecutorDelete,
+    /// A service binds an executor.
+    ExecutorBind,
+    /// A service lists the executors of a workspace.
+    ExecutorsBound,
+    /// A service unbinds an executor.
+    ExecutorUnbind,
     /// The gateway is alive.
     Health,
 }
@@ -47,15 +63,25 @@ pub enum Route {
 pub enum Envelope {
     /// `{"error":{"code","message"}}`
     Json,
+    /// `{"error":"message"}`
+    Message,
     /// The message alone.
     Text,
 }
 
 impl Route {
-    /// How errors of this route are written: WebSocket doors speak plain text (connectors-api.md §2.4).
+    /// How errors of this route are written: WebSocket doors speak plain text (connectors-api.md §2.4), those of
+    /// services a text in JSON (§2.7).
     pub fn envelope(self) -> Envelope {
         match self {
-            Self::Bridge | Self::Health => Envelope::Text,
+            Self::Bridge | Self::CloudRelay | Self::Health => Envelope::Text,
+            Self::Connected
+            | Self::RevokeTurn
+            | Self::ExecutorRegister
+            | Self::ExecutorDelete
+            | Self::ExecutorBind
+            | Self::ExecutorsBound
+            | Self::ExecutorUnbind => Envelope::Message,
             Self::EnvList
             | Self::ToolCall
             | Self::ProcessList
@@ -115,6 +141,14 @@ impl Router {
         add(Method::GET, "/bridge/{id}", Route::Bridge);
         add(Method::GET, "/codex-exec/{id}", Route::Bridge);
         add(Method::GET, "/agentx/{id}", Route::Bridge);
+        add(Method::GET, "/cloud/relay/{registration}", Route::CloudRelay);
+        add(Method::GET, "/api/exec-gateway/connected", Route::Connected);
+        add(Method::POST, "/api/exec-gateway/revoke-turn", Route::RevokeTurn);
+        add(Method::POST, "/api/codex-exec/register", Route::ExecutorRegister);
+        add(Method::DELETE, "/api/codex-exec/executors/{id}", Route::ExecutorDelete);
+        add(Method::POST, "/api/codex-exec/workspaces/{wid}/executors", Route::ExecutorBind);
+        add(Method::GET, "/api/codex-exec/workspaces/{wid}/executors", Route::ExecutorsBound);
+        add(Method::DELETE, "/api/codex-exec/workspaces/{wid}/executors/{id}", Route::ExecutorUnbind);
         add(Method::GET, "/healthz", Route::Health);
         let mut paths = matchit::Router::new();
         for (path, routes) in table {
@@ -123,7 +157,7 @@ impl Router {
         Self(paths)
     }
 
-    /// The route of a request and the one parameter of its path, percent-decoded.
+    /// The route of a request and the parameters of its path, percent-decoded and with `/` between them.
     ///
     /// # Errors
     /// [`RouteError`].
@@ -147,8 +181,8 @@ impl Default for Router {
 }
 
 fn parameter(params: &Params<'_, '_>) -> Option<String> {
-    let raw = params.iter().next().map_or("", |(_, value)| value);
-    percent_decode(raw)
+    let decoded: Option<Vec<String>> = params.iter().map(|(_, value)| percent_decode(value)).collect();
+    Some(decoded?.join("/"))
 }
 
 /// Decodes `%XX`; `None` where it is malformed or not UTF-8.

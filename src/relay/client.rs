@@ -9,13 +9,14 @@ use std::time::Duration;
 
 use serde_json::value::RawValue;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::conversation::{Conversation, ConversationEnd, HandshakeError};
 use crate::protocol::rpc::{
     EnvironmentInfo, ExecutorSessionId, INITIALIZED, Incoming, Initialize, Method, ProcessClosed, ProcessExited,
-    ProcessOutput, RequestId, RpcError, RpcParseError, encode_notification, encode_request,
+    ProcessOutput, ProcessOutputPage, ProcessRead, RequestId, RpcError, RpcParseError, encode_notification,
+    encode_request,
 };
 
 /// How the gateway introduces itself.
@@ -33,6 +34,10 @@ const FILE_HANDLES_MAX: usize = 64;
 
 /// The same where a connection is shared and each caller has 32.
 const SHARED_FILE_HANDLES_MAX: usize = 16;
+
+/// How long a process may be only being started, and the pause before it is asked for again.
+const STARTING_WAIT: Duration = Duration::from_secs(10);
+const STARTING_PAUSE: Duration = Duration::from_millis(20);
 
 /// Why an executor could not be reached over a new stream; nothing has run on it then.
 #[derive(Debug, thiserror::Error)]
@@ -150,11 +155,15 @@ enum End {
 
 impl Client {
     /// Initializes an executor session on a conversation: a new one, or the one to resume. Cancelling ends the
-    /// conversation.
+    /// conversation, and so does `stop`, then or later.
     ///
     /// # Errors
     /// [`CallError`] when the executor did not accept.
-    pub async fn initialize(conversation: Conversation, resume: Option<ExecutorSessionId>) -> Result<Self, CallError> {
+    pub async fn initialize(
+        conversation: Conversation,
+        resume: Option<ExecutorSessionId>,
+        stop: CancellationToken,
+    ) -> Result<Self, CallError> {
         let (settings, registration) =
             (conversation.sender.link().settings(), conversation.sender.link().registration());
         let handles = if registration.transport.is_shared() { SHARED_FILE_HANDLES_MAX } else { FILE_HANDLES_MAX };
@@ -165,7 +174,7 @@ impl Client {
             in_flight: Arc::new(Semaphore::new(settings.requests_in_flight_max)),
             file_handles: Arc::new(Semaphore::new(handles)),
             answer_timeout: Duration::from_secs(settings.answer_timeout_secs),
-            stop: CancellationToken::new(),
+            stop,
             ended: CancellationToken::new(),
         });
         tokio::spawn(run(conversation, messages, shared.clone()));
@@ -188,6 +197,11 @@ impl Client {
         self.session.as_ref()
     }
 
+    /// Whether this conversation is in the executor session of that one, so that the processes are the same.
+    pub fn continues(&self, former: &Self) -> bool {
+        self.session.is_some() && self.session == former.session
+    }
+
     /// Whether the conversation is over.
     pub fn is_ended(&self) -> bool {
         self.shared.ended.is_cancelled()
@@ -198,9 +212,14 @@ impl Client {
         self.shared.ended.cancelled().await;
     }
 
-    /// Ends the conversation and all calls on it, since the right to it was taken away.
+    /// Ends the conversation and all calls on it.
     pub fn close(&self) {
         self.shared.stop.cancel();
+    }
+
+    /// Returns when the conversation is closed from this side, be it over before or not: it is not to be continued.
+    pub async fn closed(&self) {
+        self.shared.stop.cancelled().await;
     }
 
     /// Calls one method and waits for its result. Dropping the future forgets the call; the executor may still carry
@@ -213,6 +232,25 @@ impl Client {
             .await
             .map_err(|_| CallError::NoAnswer)??;
         serde_json::from_str(answer.get()).map_err(CallError::Malformed)
+    }
+
+    /// What the executor's ring has of a process behind number `after_seq`. Waits a while if the process is only being
+    /// started: that may have been asked by a conversation that was lost, and its id is taken from then on.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn read_process(&self, process: &str, after_seq: u64) -> Result<ProcessOutputPage, CallError> {
+        let process_id = process.to_owned();
+        let read = ProcessRead { process_id, after_seq: Some(after_seq), max_bytes: None, wait_ms: Some(0) };
+        let until = Instant::now() + STARTING_WAIT;
+        loop {
+            match self.call(&read).await {
+                Err(CallError::Rpc(refusal)) if refusal.is_starting_process() && Instant::now() < until => {
+                    sleep(STARTING_PAUSE).await;
+                }
+                answer => return answer,
+            }
+        }
     }
 
     async fn send_request(&self, method: &str, params: &impl serde::Serialize) -> Result<Box<RawValue>, CallError> {

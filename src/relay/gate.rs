@@ -50,14 +50,14 @@ pub(super) fn initialize(said: &Bytes, session: Option<&ExecutorSessionId>) -> B
 /// The executor's answer with another name for the session, and the session; `None` when it is a refusal.
 pub(super) fn initialized(
     answer: &[u8],
-    seal: &(dyn Fn(&ExecutorSessionId) -> String + Send + Sync),
+    name: &(dyn Fn(&ExecutorSessionId) -> String + Send + Sync),
 ) -> Option<(Bytes, Option<ExecutorSessionId>)> {
     let Ok(Incoming::Response { id, result }) = Incoming::parse(answer) else { return None };
     let mut members: Map<String, Value> = serde_json::from_str(result.get()).ok()?;
     // Older executors give none.
     let session = members.get("sessionId").and_then(Value::as_str).map(ExecutorSessionId::new);
     if let Some(session) = &session {
-        members.insert("sessionId".into(), Value::String(seal(session)));
+        members.insert("sessionId".into(), Value::String(name(session)));
     }
     let answer = json!({ "id": id, "result": members });
     Some((answer.to_string().into(), session))

@@ -24,10 +24,10 @@ use tokio_util::sync::CancellationToken;
 use super::conversation::{Conversation, ConversationEnd, MessageReceiver, MessageSender};
 use super::gate::{self, Said};
 use super::spill::{Spill, SpillError};
-use super::stream::{StreamEnd, StreamHandle};
+use super::stream::{Delivery, StreamEnd, StreamHandle};
 use crate::config;
 use crate::protocol::endpoint::{Endpoint, EndpointError, EndpointLimits};
-use crate::protocol::frame::{Body, Data, Frame, StreamId};
+use crate::protocol::frame::{Body, Data, Frame, FrameError, StreamId};
 use crate::protocol::ids::WorkspaceId;
 use crate::protocol::rpc::{ALREADY_ATTACHED, ExecutorSessionId, INVALID_REQUEST};
 
@@ -337,7 +337,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
             }
             Word::Binary(wire) => wire,
         };
-        let Ok(frame) = Frame::decode(wire.clone()) else { return Err(HarnessEnd::Protocol("malformed first frame")) };
+        let frame = Frame::decode(wire.clone()).map_err(|error| match error {
+            FrameError::BlankStreamId => HarnessEnd::Protocol("Resume missing stream_id"),
+            _ => HarnessEnd::Protocol("malformed first frame"),
+        })?;
         let stream = frame.stream_id.detached();
         match frame.body {
             Body::Handshake { .. } => return Ok(Flavour::Encrypted(stream, vec![wire])),
@@ -380,10 +383,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         let wait = Duration::from_secs(settings.handshake_timeout_secs);
         let turn = timeout(wait, handshakes.acquire_owned()).await;
         let Ok(Ok(turn)) = turn else { return HarnessEnd::Unreachable("too many handshakes with this executor") };
-        let upwards = async {
-            for wire in first {
-                link.send(wire).await?;
+        if link.locks_out(workspace) {
+            return HarnessEnd::Unreachable("too many encrypted handshakes with this executor have failed");
+        }
+        for wire in first {
+            // Not past the stream: after its end a handshake would begin another one.
+            if let Err(end) = stream.send(wire).await {
+                return end.into();
             }
+        }
+        let mut turn = Some(turn);
+        let upwards = async {
             loop {
                 let Word::Binary(wire) = source.next().await? else { continue };
                 if wire.len() > settings.frame_bytes_max {
@@ -400,17 +410,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
             }
         };
         let downwards = async {
-            let shaken = timeout(wait, stream.receive_frame()).await;
-            drop(turn);
-            let mut delivery = match shaken {
-                Ok(Ok(delivery)) => delivery,
-                Ok(Err(StreamEnd::Reset)) => {
-                    link.handshake_failed(workspace);
-                    return Err(HarnessEnd::Reset);
-                }
-                Ok(Err(end)) => return Err(end.into()),
-                Err(_) => return Err(HarnessEnd::Unreachable("the executor did not complete the handshake")),
-            };
+            let shaken = shaken(&mut stream, workspace, wait).await;
+            turn = None;
+            let mut delivery = shaken?;
             loop {
                 outbox.push(delivery.wire).await?;
                 delivery = stream.receive_frame().await?;
@@ -421,6 +423,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         if end.is_of_executor() {
             let reset = Frame { stream_id: id, body: Body::Reset { reason: "the stream has ended".into() } };
             flush(sink, outbox, &mut writing, Some(reset.encode())).await;
+        }
+        if let Some(turn) = turn {
+            // The executor has the handshake all the same, and counts it if it is a bad one.
+            let workspace = workspace.clone();
+            tokio::spawn(async move {
+                let _ = shaken(&mut stream, &workspace, wait).await;
+                drop(turn);
+            });
         }
         end
     }
@@ -499,6 +509,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
     }
 }
 
+/// The executor's answer to a handshake; a refusal is counted against the workspace.
+async fn shaken(stream: &mut StreamHandle, workspace: &WorkspaceId, wait: Duration) -> Result<Delivery, HarnessEnd> {
+    match timeout(wait, stream.receive_frame()).await {
+        Ok(Ok(delivery)) => Ok(delivery),
+        Ok(Err(end)) => {
+            if end == StreamEnd::Reset {
+                stream.link().handshake_failed(workspace);
+            }
+            Err(end.into())
+        }
+        Err(_) => Err(HarnessEnd::Unreachable("the executor did not complete the handshake")),
+    }
+}
+
 /// Brings a plain harness into an executor session, a new one or one that it had on another socket. Until then its
 /// requests are carried out one by one.
 #[expect(clippy::too_many_arguments, reason = "both halves of both ends are borrowed apart")]
@@ -524,15 +548,12 @@ async fn open<'a, S: AsyncRead + AsyncWrite + Unpin>(
                 outbox.push(answer).await?;
             }
             Said::Initialize { id, resume } => {
-                let session = match resume.map(|name| ((names.open)(&name), name)) {
-                    None => None,
-                    Some((Some(session), _)) => Some(session),
-                    Some((None, name)) => {
-                        outbox.push(gate::error(&id, INVALID_REQUEST, &format!("unknown session id {name}"))).await?;
-                        said = source.message(framing).await?;
-                        continue;
-                    }
-                };
+                let session = resume.as_deref().and_then(names.open);
+                if let (Some(name), None) = (&resume, &session) {
+                    outbox.push(gate::error(&id, INVALID_REQUEST, &format!("unknown session id {name}"))).await?;
+                    said = source.message(framing).await?;
+                    continue;
+                }
                 // Before the executor is asked: the socket that had the session may be dead and not know it.
                 let held = session.as_ref().map(|session| names.attached.hold(session));
                 let request = gate::initialize(&said, session.as_ref());
@@ -546,13 +567,18 @@ async fn open<'a, S: AsyncRead + AsyncWrite + Unpin>(
                     }
                     sleep(ATTACH_PAUSE).await;
                 };
-                let Some((reply, session)) = gate::initialized(&reply, names.seal) else {
+                // A stock harness gives up a session that comes back under another name than the one it asked for.
+                let name = |given: &ExecutorSessionId| match &resume {
+                    Some(name) if session.as_ref() == Some(given) => name.clone(),
+                    _ => (names.seal)(given),
+                };
+                let Some((reply, given)) = gate::initialized(&reply, &name) else {
                     outbox.push(reply).await?;
                     said = source.message(framing).await?;
                     continue;
                 };
                 outbox.push(reply).await?;
-                return Ok(held.or_else(|| Some(names.attached.hold(&session?))));
+                return Ok(held.or_else(|| Some(names.attached.hold(&given?))));
             }
         }
         said = source.message(framing).await?;

@@ -376,7 +376,8 @@ impl LinkHandle {
         self.0.heard_ms.store(elapsed, Ordering::Relaxed);
     }
 
-    fn silence(&self) -> Duration {
+    /// How long nothing was heard of the executor.
+    pub fn silence(&self) -> Duration {
         let heard = Duration::from_millis(self.0.heard_ms.load(Ordering::Relaxed));
         self.0.opened.elapsed().saturating_sub(heard)
     }

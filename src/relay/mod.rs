@@ -2,7 +2,7 @@
 //!
 //! [`link`] owns an executor's socket, [`stream`] is the gateway's end of one stream on it, [`conversation`] the
 //! messages on that stream, [`noise`] their encryption, and [`client`] speaks the executor's JSON-RPC with them.
-//! [`spill`] holds what a harness has not read yet.
+//! [`process_events`] puts what a client tells of a process in order, [`spill`] holds what a harness has not read yet.
 
 pub mod client;
 pub mod conversation;
@@ -11,6 +11,7 @@ pub mod greeting;
 pub mod harness;
 pub mod link;
 pub mod noise;
+pub mod process_events;
 pub mod process_tree;
 pub mod shared;
 #[cfg(test)]

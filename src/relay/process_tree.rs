@@ -46,7 +46,8 @@ pub async fn end_tree(client: &Client, id: &str) -> Result<(), CallError> {
         return Ok(());
     }
     let sweep = ProcessStart {
-        process_id: format!("{id}-end"),
+        // A name of its own each time: after the loss of a link the tree is ended again, in the same session.
+        process_id: format!("{id}-end-{}", uuid::Uuid::new_v4().simple()),
         argv: ["/bin/sh", "-c", SWEEP, "sh", &format!("{MARK}={id}")].map(str::to_owned).to_vec(),
         cwd: FileUri::parse("file:///").expect("a literal URI"),
         env: BTreeMap::new(),

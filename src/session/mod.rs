@@ -562,6 +562,7 @@ impl Sessions {
             executor_session: None,
             state: SessionState::Starting,
             exit_code: None,
+            exit_seq: None,
             detail: None,
             created_at: SystemTime::now(),
             ended_at: None,

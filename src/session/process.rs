@@ -11,23 +11,23 @@
 //! loss the task knows what it has and asks for the rest. Writing to the process and ending it are not done here:
 //! they use the conversation that this task publishes.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use super::{EndSignal, Session, Sessions, StdinMode};
 use crate::config::Secret;
 use crate::journal::{Append, Journal, JournalError};
 use crate::protocol::path::FileUri;
 use crate::protocol::rpc::{
-    ALREADY_ATTACHED, EnvPolicy, EnvironmentInfo, ExecutorSessionId, OutputStream, ProcessOutputPage, ProcessRead,
-    ProcessStart,
+    ALREADY_ATTACHED, EnvPolicy, EnvironmentInfo, ExecutorSessionId, OutputStream, ProcessStart,
 };
 use crate::relay::client::{CallError, Client, ConnectError, ProcessEvent};
+use crate::relay::process_events::{Happened, ProcessEvents};
 use crate::relay::process_tree::MARK;
 use crate::store::{Binding, SessionState, StoreError};
 use crate::workspace::ReachError;
@@ -106,24 +106,13 @@ struct Task {
     journal: Option<Journal>,
     /// Where the start goes; looked up anew after a loss, since the right may have been taken away.
     binding: Option<Binding>,
-    /// The executor's newest number that the journal has.
-    mark: u64,
+    /// What follows the journal.
+    events: ProcessEvents,
     /// Until its ring is read for the first time: readers may have seen more of the output than the journal has now, from
     /// the memory of an earlier gateway process.
     restored: bool,
-    /// Events by their number that wait for one before them: the executor tells output and errors from different places,
-    /// so the order of arrival is not quite that of the numbers.
-    early: BTreeMap<u64, Event>,
     exit_code: Option<i32>,
-    /// Whether the number that stands for the exit is behind us.
-    exit_told: bool,
     deadline: Option<Instant>,
-}
-
-enum Event {
-    Output { stream: OutputStream, bytes: Vec<u8> },
-    Exited { code: i32 },
-    Closed,
 }
 
 /// Runs until the session is over or the gateway stops; in the second case the process lives on at its executor and
@@ -135,18 +124,9 @@ pub(super) async fn run(sessions: Arc<Sessions>, session: Arc<Session>, journal:
     let timeout = session.request.timeout_ms.map(Duration::from_millis);
     let age = session.created_at.elapsed().unwrap_or_default();
     let deadline = timeout.map(|timeout| Instant::now() + timeout.saturating_sub(age));
-    let mut task = Task {
-        sessions,
-        session,
-        journal: Some(journal),
-        binding,
-        mark,
-        restored,
-        early: BTreeMap::new(),
-        exit_code: None,
-        exit_told: false,
-        deadline,
-    };
+    let events = ProcessEvents::after(mark, session.row().exit_seq);
+    let mut task =
+        Task { sessions, session, journal: Some(journal), binding, events, restored, exit_code: None, deadline };
     let forgotten = task.session.forgotten.clone();
     let _ended = task.session.task_ended.clone().drop_guard();
     tokio::select! {
@@ -223,13 +203,14 @@ impl Task {
         let stream = workspace.open_own_stream(&binding).await?.ended_by_holder();
         let resume = self.session.row().executor_session.map(|secret| ExecutorSessionId::new(secret.expose()));
         let resumes = resume.is_some();
-        let client = workspace.connect(stream, resume).await.map_err(|error| match error {
-            ConnectError::Initialize(CallError::Rpc(refusal)) if resumes && refusal.code == ALREADY_ATTACHED => {
-                AttachError::Busy
-            }
-            ConnectError::Initialize(CallError::Rpc(_)) if resumes => AttachError::Gone,
-            error => AttachError::Connect(error),
-        })?;
+        let client =
+            workspace.connect(stream, resume, CancellationToken::new()).await.map_err(|error| match error {
+                ConnectError::Initialize(CallError::Rpc(refusal)) if resumes && refusal.code == ALREADY_ATTACHED => {
+                    AttachError::Busy
+                }
+                ConnectError::Initialize(CallError::Rpc(_)) if resumes => AttachError::Gone,
+                error => AttachError::Connect(error),
+            })?;
         if !resumes {
             // Before the start is sent: only with this can a later gateway process ask whether it arrived.
             let session = client.session().map(|id| Secret::new(id.reveal().to_owned()));
@@ -242,13 +223,13 @@ impl Task {
     async fn converse(&mut self, client: &Client) -> Outcome {
         let process = self.session.row().process;
         let (_events, mut events) = client.subscribe_queue(&process);
-        self.early.clear();
+        self.events.forget_waiting();
         if self.session.row().state == SessionState::Starting {
             let start = start_request(&self.session, client.environment(), &self.sessions.env_exclude);
             match self.while_waiting(&mut events, client.call(&start)).await {
                 Ok(_) => {}
                 // It was sent before the link was lost, and had arrived.
-                Err(CallError::Rpc(refusal)) if refusal.message.contains("already exists") => {}
+                Err(CallError::Rpc(refusal)) if refusal.is_known_process() => {}
                 Err(CallError::Rpc(refusal)) => {
                     self.finish(SessionState::Failed, Some(refusal.message)).await;
                     return Outcome::Over;
@@ -279,16 +260,16 @@ impl Task {
             tokio::select! {
                 event = events.recv() => {
                     let Some(event) = event else { return Outcome::Lost };
-                    self.keep(event);
-                    while self.early.len() < BATCH_EVENTS && let Ok(event) = events.try_recv() {
-                        self.keep(event);
+                    self.events.keep(event);
+                    while self.events.waiting() < BATCH_EVENTS && let Ok(event) = events.try_recv() {
+                        self.events.keep(event);
                     }
                     if self.take_in().await {
                         return Outcome::Over;
                     }
                     hole_until = match hole_until {
-                        _ if self.early.is_empty() => None,
-                        _ if self.early.len() >= HOLE_EVENTS => Some(Instant::now()),
+                        _ if self.events.waiting() == 0 => None,
+                        _ if self.events.waiting() >= HOLE_EVENTS => Some(Instant::now()),
                         None => Some(Instant::now() + HOLE_WAIT),
                         waiting => waiting,
                     };
@@ -315,9 +296,9 @@ impl Task {
     /// Brings what the executor's ring has beyond the journal: nothing after a fresh start, all that was missed after a
     /// loss. Gives how it ended where that was the end.
     async fn read_ring(&mut self, client: &Client, events: &mut mpsc::Receiver<ProcessEvent>) -> Option<Outcome> {
-        let process_id = self.session.row().process;
-        let read = ProcessRead { process_id, after_seq: Some(self.mark), max_bytes: None, wait_ms: Some(0) };
-        let page = match self.while_waiting(events, client.call(&read)).await {
+        let process = self.session.row().process;
+        let page = client.read_process(&process, self.events.newest());
+        let page = match self.while_waiting(events, page).await {
             Ok(page) => page,
             Err(CallError::Rpc(refusal)) => {
                 self.finish(SessionState::Lost, Some(refusal.message)).await;
@@ -325,71 +306,38 @@ impl Task {
             }
             Err(_) => return Some(Outcome::Lost),
         };
-        self.catch_up(page).await.then_some(Outcome::Over)
-    }
-
-    /// The ring's content, then the live events behind it; true when the session is over.
-    async fn catch_up(&mut self, page: ProcessOutputPage) -> bool {
-        // The ring holds the newest chunks without a hole. So a number before its first chunk is that of a chunk that
-        // was lost, and one behind it that is not there stands for the exit or for the end.
-        let end = page.next_seq.saturating_sub(1);
-        // The newest chunk is always there: without any none is missing, and what has a number is exit and end.
-        let oldest = page.chunks.first().map_or(0, |chunk| chunk.seq);
-        for chunk in page.chunks {
-            let event = Event::Output { stream: chunk.stream, bytes: chunk.chunk.0 };
-            self.early.entry(chunk.seq).or_insert(event);
-        }
         let mut records = Records::default();
         if std::mem::take(&mut self.restored) {
             // A chunk has a number each, here and there. What stands for the missing ones has the last of theirs, so that
             // no chunk behind it comes under a number that a reader has passed already.
-            let missing = oldest.saturating_sub(self.mark + 1);
+            let oldest = page.chunks.first().map_or(0, |chunk| chunk.seq);
+            let missing = oldest.saturating_sub(self.events.newest() + 1);
             records.skip(missing.saturating_sub(gap_tags(self.session.request.tty).len() as u64));
         }
-        let (mut missing, mut without_chunk) = (0, 0);
-        while self.mark < end {
-            self.mark += 1;
-            match self.early.remove(&self.mark) {
-                Some(event) => {
-                    records.missing(std::mem::take(&mut missing), self.mark - 1);
-                    self.apply(&mut records, self.mark, event);
-                }
-                None if self.mark < oldest => missing += 1,
-                None => without_chunk += 1,
-            }
-        }
-        records.missing(missing, self.mark);
-        if page.exited {
-            self.exit_code = page.exit_code.or(self.exit_code);
-            if !self.exit_told && without_chunk <= u64::from(page.closed) {
-                // The exit came among the lost: other processes went on printing.
-                records.one_less_missing();
-            }
-            self.exit_told = true;
-        }
-        self.append(records).await;
-        if page.closed {
-            self.finish(SessionState::Exited, None).await;
-            return true;
-        }
-        self.take_in().await
+        // The ring's content, then the live events behind it.
+        let happened = self.events.merge(page);
+        let over = self.journal(records, happened).await || self.take_in().await;
+        over.then_some(Outcome::Over)
     }
 
     /// Journals what follows the journal without a hole; true when the session is over.
     async fn take_in(&mut self) -> bool {
-        let mut records = Records::default();
+        let ready = self.events.by_ref().collect();
+        self.journal(Records::default(), ready).await
+    }
+
+    /// True when the session is over.
+    async fn journal(&mut self, mut records: Records, happened: Vec<Happened>) -> bool {
         let mut closed = false;
-        while let Some(entry) = self.early.first_entry() {
-            if *entry.key() > self.mark + 1 {
-                break;
-            }
-            let (seq, event) = entry.remove_entry();
-            // A number that the journal has already is a repeat from the ring.
-            if seq == self.mark + 1 {
-                self.mark = seq;
-                closed |= self.apply(&mut records, seq, event);
+        for event in happened {
+            match event {
+                Happened::Output { seq, stream, bytes } => records.output(seq, stream, bytes),
+                Happened::Missing { chunks, seq } => records.missing(chunks, seq),
+                Happened::Exited { code } => self.exit_code = code.or(self.exit_code),
+                Happened::Closed => closed = true,
             }
         }
+        self.store_exit(&records).await;
         self.append(records).await;
         if closed {
             self.finish(SessionState::Exited, None).await;
@@ -397,29 +345,16 @@ impl Task {
         closed
     }
 
-    /// True when the event is the end.
-    fn apply(&mut self, records: &mut Records, seq: u64, event: Event) -> bool {
-        match event {
-            Event::Output { stream, bytes } => records.output(seq, stream, bytes),
-            Event::Exited { code } => {
-                self.exit_code = Some(code);
-                self.exit_told = true;
-            }
-            Event::Closed => return true,
+    /// Stores which number the exit has before output behind it is journalled: the next gateway process must not take
+    /// it for one of the numbers that it finds missing.
+    async fn store_exit(&mut self, records: &Records) {
+        let Some(exit) = self.events.exit_seq().filter(|exit| records.last_mark() > *exit) else { return };
+        if self.session.row().exit_seq == Some(exit) {
+            return;
         }
-        false
-    }
-
-    fn keep(&mut self, event: ProcessEvent) {
-        let (seq, event) = match event {
-            ProcessEvent::Output(output) => {
-                (output.seq, Event::Output { stream: output.stream, bytes: output.chunk.0 })
-            }
-            ProcessEvent::Exited(exited) => (exited.seq, Event::Exited { code: exited.exit_code }),
-            ProcessEvent::Closed(closed) => (closed.seq, Event::Closed),
-        };
-        if seq > self.mark {
-            self.early.insert(seq, event);
+        self.session.change(|row| row.exit_seq = Some(exit));
+        if self.save().await.is_err() {
+            tracing::warn!(session = %self.session.id, "the exit of a process was not stored");
         }
     }
 
@@ -435,7 +370,7 @@ impl Task {
                 biased;
                 answer = &mut answer => return answer,
                 event = events.recv() => match event {
-                    Some(event) if self.early.len() < EARLY_EVENTS_MAX => self.keep(event),
+                    Some(event) if self.events.waiting() < EARLY_EVENTS_MAX => self.events.keep(event),
                     // Too much to keep: the ring is read again on the next conversation.
                     Some(_) | None => return Err(CallError::Lost { sent: true }),
                 },
@@ -569,20 +504,15 @@ impl Records {
 
     /// Chunks up to this number that the executor no longer had.
     fn missing(&mut self, chunks: u64, mark: u64) {
-        if chunks > 0 {
-            self.0.push(Record::Missing { chunks, mark });
-        }
+        self.0.push(Record::Missing { chunks, mark });
     }
 
-    /// Takes one off the first chunks that are missing.
-    fn one_less_missing(&mut self) {
-        let first = self.0.iter_mut().find_map(|record| match record {
-            Record::Missing { chunks, .. } => Some(chunks),
-            Record::Output { .. } | Record::Skipped { .. } => None,
-        });
-        if let Some(chunks) = first {
-            *chunks -= 1;
-        }
+    /// The executor's newest number in them; 0 when there are none.
+    fn last_mark(&self) -> u64 {
+        self.0.last().map_or(0, |record| match record {
+            Record::Output { mark, .. } | Record::Missing { mark, .. } => *mark,
+            Record::Skipped { .. } => 0,
+        })
     }
 
     /// Journals all of it, whatever the disk does.
@@ -603,7 +533,7 @@ impl Records {
                     bytes_waiting += bytes.len();
                     outputs.push(Append { tag: *tag, mark: *mark, bytes });
                 }
-                Record::Missing { chunks, mark } if *chunks > 0 => {
+                Record::Missing { chunks, mark } => {
                     result = result.and(append(journal, &std::mem::take(&mut outputs)));
                     bytes_waiting = 0;
                     // Counted once; none of the streams is whole any more.
@@ -613,7 +543,6 @@ impl Records {
                         result = result.and(or_in_memory(journal, gap));
                     }
                 }
-                Record::Missing { .. } => {}
                 // Always the first.
                 Record::Skipped { numbers } => {
                     result = result.and(or_in_memory(journal, |journal| journal.skip(*numbers)));

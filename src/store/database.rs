@@ -107,6 +107,9 @@ const MIGRATIONS: &[&str] = &[
     CREATE INDEX sessions_workspace ON sessions (workspace, seq);
 ",
     "
+    ALTER TABLE sessions ADD COLUMN exit_seq INTEGER;
+",
+    "
     CREATE TABLE shared_sessions (
         executor TEXT PRIMARY KEY REFERENCES executors (id) ON DELETE CASCADE,
         session TEXT NOT NULL

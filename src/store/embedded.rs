@@ -67,16 +67,17 @@ impl Store {
     ) -> Result<Executor, StoreError> {
         let (workspace, name, user) = (workspace.clone(), name.clone(), user.cloned());
         self.write(move |tx| {
-            let id = ExecutorId::new(&format!("exe_{}", uuid::Uuid::new_v4())).expect("a UUID is hex and dashes");
-            let executor = Executor { id, generation: 1, user, created_at: now(), last_seen: None };
-            tx.execute(
-                "INSERT INTO executors (id, generation, user, created_at) VALUES (?, 1, ?, ?)",
-                params![executor.id.as_str(), executor.user.as_ref().map(UserId::as_str), nanos(executor.created_at)],
-            )?;
+            let executor = add_executor(tx, user)?;
             bind(tx, &executor.id, &workspace, &name, default)?;
             Ok(executor)
         })
         .await
+    }
+
+    /// Makes an executor of a person with a new id, bound nowhere yet.
+    pub async fn register_executor(&self, user: &UserId) -> Result<Executor, StoreError> {
+        let user = user.clone();
+        self.write(move |tx| add_executor(tx, Some(user))).await
     }
 
     /// The executor of that id, if there is one.
@@ -151,6 +152,27 @@ impl Store {
     ) -> Result<Binding, StoreError> {
         let (executor, workspace, name) = (executor.clone(), workspace.clone(), name.clone());
         self.write(move |tx| bind(tx, &executor, &workspace, &name, default)).await
+    }
+
+    /// Says what a bound executor is for.
+    ///
+    /// # Errors
+    /// `NotFound` if it is not bound there.
+    pub async fn describe(
+        &self,
+        executor: &ExecutorId,
+        workspace: &WorkspaceId,
+        description: &str,
+    ) -> Result<(), StoreError> {
+        let (executor, workspace, description) = (executor.clone(), workspace.clone(), description.to_owned());
+        self.write(move |tx| {
+            let described = tx.execute(
+                "UPDATE bindings SET description = ? WHERE workspace = ? AND executor = ?",
+                [&description, workspace.as_str(), executor.as_str()],
+            )?;
+            found(described, || no_binding(&workspace, &executor))
+        })
+        .await
     }
 
     /// Takes an executor from a workspace.
@@ -531,6 +553,16 @@ fn serve(mut connection: Connection, mut queue: mpsc::Receiver<Job>) {
             tracing::error!("a question to the store panicked");
         }
     }
+}
+
+fn add_executor(tx: &Transaction<'_>, user: Option<UserId>) -> Result<Executor, StoreError> {
+    let id = ExecutorId::new(&format!("exe_{}", uuid::Uuid::new_v4())).expect("a UUID is hex and dashes");
+    let executor = Executor { id, generation: 1, user, created_at: now(), last_seen: None };
+    tx.execute(
+        "INSERT INTO executors (id, generation, user, created_at) VALUES (?, 1, ?, ?)",
+        params![executor.id.as_str(), executor.user.as_ref().map(UserId::as_str), nanos(executor.created_at)],
+    )?;
+    Ok(executor)
 }
 
 fn bind(

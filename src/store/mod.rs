@@ -299,6 +299,8 @@ pub struct SessionRow {
     pub state: SessionState,
     /// The process's exit code.
     pub exit_code: Option<i32>,
+    /// The executor's number of the exit, where output with greater numbers may be in the journal.
+    pub exit_seq: Option<u64>,
     /// What is known about an end without exit code.
     pub detail: Option<String>,
     /// When it was asked for.

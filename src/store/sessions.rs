@@ -9,7 +9,7 @@ use crate::protocol::ids::SessionId;
 
 const SESSION: &str = "id, workspace, executor, environment, start_key, request_digest, request, process, \
      executor_session, state, exit_code, detail, created_at, ended_at, stdin_accepted, stdin_eof, \
-     write_id, write_length, write_digest";
+     write_id, write_length, write_digest, exit_seq";
 
 /// What became of a reservation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,8 +49,8 @@ impl Store {
             let write = row.pending_write.as_ref();
             tx.prepare_cached(
                 "UPDATE sessions SET executor_session = ?2, state = ?3, exit_code = ?4, detail = ?5, ended_at = ?6,
-                 stdin_accepted = ?7, stdin_eof = ?8, write_id = ?9, write_length = ?10, write_digest = ?11
-                 WHERE id = ?1",
+                 stdin_accepted = ?7, stdin_eof = ?8, write_id = ?9, write_length = ?10, write_digest = ?11,
+                 exit_seq = ?12 WHERE id = ?1",
             )?
             .execute(params![
                 row.id.as_str(),
@@ -64,6 +64,7 @@ impl Store {
                 write.map(|write| write.id.as_str()),
                 write.map(|write| i64::try_from(write.length).unwrap_or(i64::MAX)),
                 write.map(|write| write.digest.to_vec()),
+                row.exit_seq.map(|seq| i64::try_from(seq).unwrap_or(i64::MAX)),
             ])?;
             Ok(())
         })
@@ -126,6 +127,7 @@ fn session_from(row: &Row<'_>) -> rusqlite::Result<SessionRow> {
         executor_session: row.get::<_, Option<String>>(8)?.map(Secret::new),
         state: SessionState::from_word(&state).ok_or_else(|| unknown_text(9, "session state"))?,
         exit_code: row.get(10)?,
+        exit_seq: row.get::<_, Option<i64>>(19)?.map(unsigned),
         detail: row.get(11)?,
         created_at: time(row.get(12)?),
         ended_at: row.get::<_, Option<i64>>(13)?.map(time),
@@ -156,6 +158,7 @@ mod tests {
             executor_session: None,
             state: SessionState::Starting,
             exit_code: None,
+            exit_seq: None,
             detail: None,
             created_at: time(nanos(SystemTime::now())),
             ended_at: None,
@@ -186,6 +189,7 @@ mod tests {
         let later = SessionRow {
             executor_session: Some(Secret::new("secret".into())),
             state: SessionState::Running,
+            exit_seq: Some(4),
             stdin_accepted: 9,
             pending_write: Some(PendingWrite { id: "w1".into(), length: 3, digest: [1; 32] }),
             ..store.sessions().await.unwrap().remove(0)

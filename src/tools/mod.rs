@@ -29,6 +29,10 @@ use crate::store::Binding;
 use crate::workspace::pool::{Pool, Use};
 use crate::workspace::{ReachError, Workspace};
 
+/// Pause before a call that was cut off again, with nothing to show for it since, is tried another time.
+const RELINK_PAUSE: Duration = Duration::from_millis(100);
+const RELINK_PAUSE_MAX: Duration = Duration::from_secs(2);
+
 /// One tool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tool {
@@ -208,6 +212,54 @@ impl Call {
             }
             Err(_) => Err(ToolError::NoAnswer { ran: Ran::No }),
         }
+    }
+}
+
+/// How a call finds its executor again after the loss of a link.
+struct WayBack<'a> {
+    call: &'a Call,
+    purpose: Use,
+    deadline: Instant,
+    /// How long it may still wait since it last got on.
+    left: Duration,
+    /// Before the next try: an executor that breaks every conversation is not asked without end.
+    pause: Duration,
+    /// Whether anything of the call may have run.
+    ran: Ran,
+}
+
+impl Call {
+    fn way_back(&self, purpose: Use, deadline: Instant) -> WayBack<'_> {
+        let left = Duration::from_secs(self.settings.relink_wait_secs);
+        WayBack { call: self, purpose, deadline, left, pause: Duration::ZERO, ran: Ran::No }
+    }
+}
+
+impl WayBack<'_> {
+    /// The call has got on: the next loss is waited for in full.
+    fn got_on(&mut self) {
+        self.left = Duration::from_secs(self.call.settings.relink_wait_secs);
+        self.pause = RELINK_PAUSE;
+    }
+
+    /// The client after the one that was lost; `sent` says whether a request may have reached the executor by it. It is
+    /// in the same executor session if [`Client::continues`] says so.
+    ///
+    /// # Errors
+    /// [`ToolError::Lost`] when none comes in time or the right to it was taken away.
+    async fn find(&mut self, lost: &Client, sent: bool) -> Result<Client, ToolError> {
+        if sent {
+            self.ran = Ran::Unknown;
+        }
+        let began = Instant::now();
+        let found = async {
+            tokio::time::sleep(self.pause).await;
+            Pool::successor(&self.call.workspace, &self.call.binding, self.purpose, lost).await
+        };
+        let found = tokio::time::timeout_at(self.deadline.min(began + self.left), found).await;
+        self.left = self.left.saturating_sub(began.elapsed());
+        self.pause = (self.pause * 2).clamp(RELINK_PAUSE, RELINK_PAUSE_MAX);
+        found.ok().flatten().ok_or(ToolError::Lost { ran: self.ran })
     }
 }
 

@@ -10,9 +10,9 @@ use serde_json::json;
 
 use super::open_file::{BLOCKS_AHEAD, OpenFile};
 use super::{Call, Tool, ToolError, coded_failure, failure, refused, resolve};
-use crate::protocol::rest::ToolResult;
+use crate::protocol::rest::{Ran, ToolResult};
 use crate::protocol::rpc::{BLOCK_BYTES_MAX, FsGetMetadata, OpenMode};
-use crate::relay::client::CallError;
+use crate::relay::client::{CallError, Client};
 use crate::workspace::pool::Use;
 
 pub(super) const DESCRIPTION: &str = "Read a file by path.";
@@ -31,46 +31,57 @@ pub(super) struct Arguments {
 }
 
 pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
-    let Arguments { path, offset, limit } = call.arguments()?;
+    let arguments = call.arguments()?;
     let deadline = call.deadline(None)?;
     let reading = async {
-        let client = call.client(Use::Files, deadline).await?;
-        let uri = resolve(client.environment(), "path", &path)?;
-        let metadata = match refused(client.call(&FsGetMetadata { path: uri.clone() }).await)? {
-            Ok(metadata) => metadata,
-            Err(error) => return Ok(failure(Tool::ReadFile, &error)),
-        };
-        // Opening a pipe or a device could hold up the whole stream at the executor.
-        if !metadata.is_file {
-            return Ok(coded_failure("not_a_file", format!("read_file failed: {path} is not a regular file")));
+        let mut client = call.client(Use::Files, deadline).await?;
+        let mut way = call.way_back(Use::Files, deadline);
+        loop {
+            match attempt(&client, &arguments, call.settings.output_bytes_max as u64).await {
+                // Its handle went with the link, and reading twice does no harm.
+                Err(ToolError::Lost { ran }) => client = way.find(&client, ran == Ran::Unknown).await?,
+                result => return result,
+            }
         }
-        let offset = u64::try_from(offset.unwrap_or(0)).unwrap_or(0);
-        let rest = metadata.size.saturating_sub(offset);
-        let wanted = limit.filter(|limit| *limit > 0).unwrap_or(u64::MAX);
-        let bytes_max = call.settings.output_bytes_max as u64;
-        if rest.min(wanted) > bytes_max {
-            let message = format!(
-                "read_file failed: {} bytes are more than one call returns ({bytes_max}); read slices by offset and limit",
-                rest.min(wanted)
-            );
-            return Ok(coded_failure("too_large", message));
-        }
-        let slice = async {
-            let file = OpenFile::open(&client, &uri, OpenMode::Read).await?;
-            // Files of /proc and the like tell no size: read to the end, within the bound.
-            let end = offset.saturating_add(wanted.min(if metadata.size == 0 { bytes_max } else { rest }));
-            // Dropping closes: what was read is whole, so nobody needs to wait for that.
-            read(&file, offset, end).await
-        };
-        Ok(match refused(slice.await)? {
-            Ok(slice) => ToolResult {
-                structured_content: Some(json!({ "encoding": "base64", "path": path, "size": metadata.size })),
-                ..ToolResult::text(STANDARD.encode(&slice))
-            },
-            Err(error) => failure(Tool::ReadFile, &error),
-        })
     };
     super::before(deadline, reading).await
+}
+
+async fn attempt(client: &Client, arguments: &Arguments, bytes_max: u64) -> Result<ToolResult, ToolError> {
+    let Arguments { path, offset, limit } = arguments;
+    let uri = resolve(client.environment(), "path", path)?;
+    let metadata = match refused(client.call(&FsGetMetadata { path: uri.clone() }).await)? {
+        Ok(metadata) => metadata,
+        Err(error) => return Ok(failure(Tool::ReadFile, &error)),
+    };
+    // Opening a pipe or a device could hold up the whole stream at the executor.
+    if !metadata.is_file {
+        return Ok(coded_failure("not_a_file", format!("read_file failed: {path} is not a regular file")));
+    }
+    let offset = u64::try_from(offset.unwrap_or(0)).unwrap_or(0);
+    let rest = metadata.size.saturating_sub(offset);
+    let wanted = limit.filter(|limit| *limit > 0).unwrap_or(u64::MAX);
+    if rest.min(wanted) > bytes_max {
+        let message = format!(
+            "read_file failed: {} bytes are more than one call returns ({bytes_max}); read slices by offset and limit",
+            rest.min(wanted)
+        );
+        return Ok(coded_failure("too_large", message));
+    }
+    let slice = async {
+        let file = OpenFile::open(client, &uri, OpenMode::Read).await?;
+        // Files of /proc and the like tell no size: read to the end, within the bound.
+        let end = offset.saturating_add(wanted.min(if metadata.size == 0 { bytes_max } else { rest }));
+        // Dropping closes: what was read is whole, so nobody needs to wait for that.
+        read(&file, offset, end).await
+    };
+    Ok(match refused(slice.await)? {
+        Ok(slice) => ToolResult {
+            structured_content: Some(json!({ "encoding": "base64", "path": path, "size": metadata.size })),
+            ..ToolResult::text(STANDARD.encode(&slice))
+        },
+        Err(error) => failure(Tool::ReadFile, &error),
+    })
 }
 
 /// Reads `offset..end`, or to the end of the file if that comes first.

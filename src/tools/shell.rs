@@ -9,14 +9,15 @@ use base64::engine::general_purpose::STANDARD;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::command::{Command, check_env};
 use super::process::Process;
-use super::{Call, Tool, ToolError, failure, refused, resolve};
+use super::{Call, Tool, ToolError, WayBack, failure, resolve};
 use crate::protocol::rest::{Content, Ran, ToolResult};
-use crate::protocol::rpc::{EnvPolicy, OutputStream, ProcessStart};
-use crate::relay::client::{Client, ProcessEvent};
+use crate::protocol::rpc::{EnvPolicy, OutputStream, ProcessOutputPage, ProcessStart};
+use crate::relay::client::{CallError, Client, ProcessEvent, ProcessHandler};
+use crate::relay::process_events::{Happened, ProcessEvents};
 use crate::relay::process_tree::MARK;
 use crate::workspace::pool::Use;
 
@@ -64,89 +65,198 @@ pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
         env_policy: Some(EnvPolicy::commands(&call.settings.env_exclude)),
         sandbox: None,
     };
-    run(&client, start, deadline, call.started, call.settings.output_bytes_max).await
+    run(&call, client, &start, deadline).await
+}
+
+/// How far the start has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// No part of it was sent.
+    Unsent,
+    /// It may have arrived.
+    Unanswered,
+    /// The process has begun.
+    Begun,
 }
 
 async fn run(
-    client: &Client,
-    start: ProcessStart,
+    call: &Call,
+    mut client: Client,
+    start: &ProcessStart,
     deadline: Instant,
-    started: Instant,
-    output_bytes_max: usize,
 ) -> Result<ToolResult, ToolError> {
-    let output = Output::new(output_bytes_max);
-    // Before the start is sent: a quick process is over before its start is answered.
-    let _events = client.subscribe(&start.process_id, output.handler());
-    let process = Process::new(client, &start.process_id);
-    match tokio::time::timeout_at(deadline, client.call(&start)).await {
-        Err(_) => return Err(ToolError::NoAnswer { ran: Ran::Unknown }),
-        Ok(answer) => {
-            if let Err(error) = refused(answer)? {
+    let id = &start.process_id;
+    let output = Output::new(call.settings.output_bytes_max);
+    let mut process = Process::new(&call.workspace, &call.binding, &client, id);
+    let mut way = call.way_back(Use::Processes, deadline);
+    let mut begun = Start::Unsent;
+    let timed_out = loop {
+        // Before the start is sent: a quick process is over before its start is answered.
+        let _events = client.subscribe(id, output.handler());
+        let followed = timeout_at(deadline, follow(&client, start, &mut begun, &output, &mut way)).await;
+        let lost = match followed {
+            Ok(Ok(())) => {
                 process.gone();
-                return Ok(failure(Tool::Shell, &error));
+                break false;
+            }
+            // All of it is here; only the answer to the start is not.
+            Ok(Err(CallError::Lost { .. })) if output.is_whole() => {
+                process.gone();
+                break false;
+            }
+            Ok(Err(CallError::Rpc(refusal))) => {
+                process.gone();
+                if begun != Start::Begun {
+                    return Ok(failure(Tool::Shell, &refusal));
+                }
+                // It is asked for what it has of the process, and has forgotten it.
+                return Err(ToolError::Lost { ran: Ran::Unknown });
+            }
+            Ok(Err(CallError::Lost { sent })) => sent || begun != Start::Unsent,
+            Ok(Err(error)) => return Err(error.into()),
+            Err(_) if begun == Start::Begun => {
+                process.end().await?;
+                // Nothing is left that could write; what it has written is still on its way.
+                let _ = timeout(LAST_OUTPUT_WAIT, follow(&client, start, &mut begun, &output, &mut way)).await;
+                break true;
+            }
+            Err(_) => return Err(ToolError::NoAnswer { ran: Ran::Unknown }),
+        };
+        let next = way.find(&client, lost).await?;
+        if begun != Start::Unsent && !next.continues(&client) {
+            process.gone();
+            return Err(ToolError::Lost { ran: Ran::Unknown });
+        }
+        process.moved_to(&next);
+        output.interrupted();
+        client = next;
+    };
+    Ok(output.take().into_result(timed_out, call.started.elapsed()))
+}
+
+/// Starts the process unless that is done, and follows it to its end. After a loss the same start is sent again, or the
+/// executor's ring is read, in the same executor session.
+async fn follow(
+    client: &Client,
+    start: &ProcessStart,
+    begun: &mut Start,
+    output: &Output,
+    way: &mut WayBack<'_>,
+) -> Result<(), CallError> {
+    if *begun != Start::Begun {
+        match client.call(start).await {
+            Ok(_) => {}
+            // It was sent before the link was lost, and had arrived.
+            Err(CallError::Rpc(refusal)) if *begun == Start::Unanswered && refusal.is_known_process() => {}
+            Err(error) => {
+                if let CallError::Lost { sent: true } = error {
+                    *begun = Start::Unanswered;
+                }
+                return Err(error);
             }
         }
+        *begun = Start::Begun;
+        way.got_on();
     }
-    let timed_out = tokio::select! {
-        biased;
-        () = output.closed() => false,
-        () = client.ended() => return Err(ToolError::Lost { ran: Ran::Unknown }),
-        () = tokio::time::sleep_until(deadline) => true,
-    };
-    if timed_out {
-        process.end().await?;
-        // Nothing is left that could write; what it has written is still on its way.
-        let _ = timeout(LAST_OUTPUT_WAIT, output.closed()).await;
-    } else {
-        process.gone();
+    loop {
+        let stage = tokio::select! {
+            biased;
+            stage = output.news() => stage,
+            () = client.ended() => return Err(CallError::Lost { sent: true }),
+        };
+        if stage == Stage::Closed {
+            return Ok(());
+        }
+        output.merge(client.read_process(&start.process_id, output.newest()).await?);
+        way.got_on();
     }
-    Ok(output.take().into_result(timed_out, started.elapsed()))
 }
 
 /// What a process has written so far, filled by the stream's task.
 struct Output {
     collected: Arc<Mutex<Collected>>,
-    closed: watch::Receiver<bool>,
-    close: watch::Sender<bool>,
+    stage: watch::Sender<Stage>,
+}
+
+/// Where the output stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// More comes by itself.
+    Live,
+    /// Something is missing that the executor's ring may still have.
+    Behind,
+    /// Nothing more will come.
+    Closed,
 }
 
 #[derive(Default)]
 struct Collected {
+    events: ProcessEvents,
     stdout: Vec<u8>,
     stderr: Vec<u8>,
     bytes_max: usize,
     lost_bytes: u64,
+    lost_chunks: u64,
     exit_code: Option<i32>,
-    /// Number of the newest event that was taken in.
-    newest: u64,
-    /// Events by their number that came before one of a smaller number.
-    early: BTreeMap<u64, ProcessEvent>,
+    closed: bool,
+    /// Whether events may have passed unseen since the newest one.
+    interrupted: bool,
+    /// Greatest number of an event that there was no room to keep until its turn.
+    dropped: u64,
 }
 
 impl Output {
     fn new(bytes_max: usize) -> Self {
-        let (close, closed) = watch::channel(false);
-        Self { collected: Arc::new(Mutex::new(Collected { bytes_max, ..Collected::default() })), closed, close }
+        let collected = Collected { bytes_max, ..Collected::default() };
+        Self { collected: Arc::new(Mutex::new(collected)), stage: watch::Sender::new(Stage::Live) }
     }
 
-    fn handler(&self) -> crate::relay::client::ProcessHandler {
-        let collected = self.collected.clone();
-        let close = self.close.clone();
-        Box::new(move |event| {
-            if lock(&collected).take_in(event) {
-                close.send_replace(true);
-            }
-        })
+    fn handler(&self) -> ProcessHandler {
+        let (collected, stage) = (self.collected.clone(), self.stage.clone());
+        Box::new(move |event| change(&collected, &stage, |collected| collected.keep(event)))
     }
 
-    async fn closed(&self) {
-        // The sender lives in self, so this only returns when the value is true.
-        let _ = self.closed.clone().wait_for(|closed| *closed).await;
+    /// The link was lost: what comes next is behind something unseen.
+    fn interrupted(&self) {
+        change(&self.collected, &self.stage, |collected| {
+            collected.interrupted = true;
+            collected.events.forget_waiting();
+        });
+    }
+
+    fn merge(&self, page: ProcessOutputPage) {
+        change(&self.collected, &self.stage, |collected| collected.merge(page));
+    }
+
+    fn newest(&self) -> u64 {
+        lock(&self.collected).events.newest()
+    }
+
+    fn is_whole(&self) -> bool {
+        *self.stage.borrow() == Stage::Closed
+    }
+
+    /// Waits until more does not come by itself.
+    async fn news(&self) -> Stage {
+        // The sender lives in self, so an error cannot happen.
+        let mut stage = self.stage.subscribe();
+        stage.wait_for(|stage| *stage != Stage::Live).await.map_or(Stage::Closed, |stage| *stage)
     }
 
     fn take(&self) -> Collected {
-        std::mem::take(&mut *lock(&self.collected))
+        let mut collected = std::mem::take(&mut *lock(&self.collected));
+        let rest = collected.events.rest();
+        collected.take_in(rest);
+        collected
     }
+}
+
+fn change(collected: &Mutex<Collected>, stage: &watch::Sender<Stage>, change: impl FnOnce(&mut Collected)) {
+    let mut collected = lock(collected);
+    change(&mut collected);
+    let now = collected.stage();
+    // While it is locked, so that an older stage never replaces a newer one.
+    stage.send_if_modified(|stage| std::mem::replace(stage, now) != now);
 }
 
 fn lock(collected: &Mutex<Collected>) -> MutexGuard<'_, Collected> {
@@ -166,29 +276,51 @@ struct Structured {
     /// Bytes that the command wrote past the bound of one answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     lost_bytes: Option<u64>,
+    /// Chunks that the executor no longer had when its link was back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lost_chunks: Option<u64>,
 }
 
 impl Collected {
-    /// Takes events in the order of their numbers, since the end may arrive before the exit or the last output. True
-    /// when nothing more will come.
-    fn take_in(&mut self, event: ProcessEvent) -> bool {
-        self.early.insert(event.seq(), event);
-        if self.early.len() > EARLY_EVENTS_MAX
-            && let Some((first, _)) = self.early.first_key_value()
-        {
-            // An executor that skips numbers: what is there counts.
-            self.newest = first - 1;
+    fn stage(&self) -> Stage {
+        match self {
+            Self { closed: true, .. } => Stage::Closed,
+            _ if self.interrupted || self.dropped > self.events.newest() => Stage::Behind,
+            _ => Stage::Live,
         }
-        let mut closed = false;
-        while let Some(event) = self.early.remove(&(self.newest + 1)) {
-            self.newest += 1;
+    }
+
+    fn keep(&mut self, event: ProcessEvent) {
+        if self.events.waiting() >= EARLY_EVENTS_MAX && event.seq() != self.events.newest() + 1 {
+            self.dropped = self.dropped.max(event.seq());
+            return;
+        }
+        self.events.keep(event);
+        self.take_in_ready();
+    }
+
+    fn merge(&mut self, page: ProcessOutputPage) {
+        self.interrupted = false;
+        let happened = self.events.merge(page);
+        self.take_in(happened);
+        self.take_in_ready();
+    }
+
+    fn take_in_ready(&mut self) {
+        while let Some(event) = self.events.next() {
+            self.take_in([event]);
+        }
+    }
+
+    fn take_in(&mut self, happened: impl IntoIterator<Item = Happened>) {
+        for event in happened {
             match event {
-                ProcessEvent::Output(output) => self.add(output.stream, &output.chunk.0),
-                ProcessEvent::Exited(exited) => self.exit_code = Some(exited.exit_code),
-                ProcessEvent::Closed(_) => closed = true,
+                Happened::Output { stream, bytes, .. } => self.add(stream, &bytes),
+                Happened::Missing { chunks, .. } => self.lost_chunks += chunks,
+                Happened::Exited { code } => self.exit_code = code.or(self.exit_code),
+                Happened::Closed => self.closed = true,
             }
         }
-        closed
     }
 
     fn add(&mut self, stream: OutputStream, chunk: &[u8]) {
@@ -212,6 +344,7 @@ impl Collected {
             stdout_b64,
             stderr_b64,
             lost_bytes: (self.lost_bytes > 0).then_some(self.lost_bytes),
+            lost_chunks: (self.lost_chunks > 0).then_some(self.lost_chunks),
         };
         let mut structured = serde_json::to_value(structured).expect("plain data");
         let mut text = String::with_capacity(stdout.len() + stderr.len() + 64);
@@ -224,6 +357,9 @@ impl Collected {
         }
         if self.lost_bytes > 0 {
             text.push_str(&format!("\n[{} bytes of output past the bound of one answer]", self.lost_bytes));
+        }
+        if self.lost_chunks > 0 {
+            text.push_str(&format!("\n[{} chunks of output lost while the executor was away]", self.lost_chunks));
         }
         match exit_code {
             Some(code) => text.push_str(&format!("\n[exit_code={code}]")),
@@ -254,21 +390,34 @@ fn text_and_exact(bytes: Vec<u8>) -> (String, Option<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::rpc::{Base64Bytes, ProcessClosed, ProcessExited, ProcessOutput};
+    use crate::protocol::rpc::{Base64Bytes, ProcessChunk, ProcessOutput};
 
-    fn output(seq: u64, text: &str) -> ProcessEvent {
-        let chunk = Base64Bytes(text.into());
+    fn output(seq: u64) -> ProcessEvent {
+        let chunk = Base64Bytes(vec![b'x']);
         ProcessEvent::Output(ProcessOutput { process_id: String::new(), seq, stream: OutputStream::Stdout, chunk })
     }
 
     #[test]
-    fn an_end_that_overtakes_the_exit_and_the_last_output_waits_for_them() {
-        let mut collected = Collected { bytes_max: 100, ..Collected::default() };
-        let exited = ProcessExited { process_id: String::new(), seq: 3, exit_code: 7, sandbox_denied: false };
-        assert!(!collected.take_in(ProcessEvent::Closed(ProcessClosed { process_id: String::new(), seq: 4 })));
-        assert!(!collected.take_in(output(2, "b")));
-        assert!(!collected.take_in(output(1, "a")));
-        assert!(collected.take_in(ProcessEvent::Exited(exited)));
-        assert_eq!((collected.stdout.as_slice(), collected.exit_code), (&b"ab"[..], Some(7)));
+    fn more_than_may_wait_is_fetched_from_the_ring() {
+        let mut collected = Collected { bytes_max: 10_000, ..Collected::default() };
+        for seq in 2..2000 {
+            collected.keep(output(seq));
+        }
+        assert_eq!((collected.events.waiting(), collected.stage()), (EARLY_EVENTS_MAX, Stage::Behind));
+        let chunk = |seq| ProcessChunk { seq, stream: OutputStream::Stdout, chunk: Base64Bytes(vec![b'x']) };
+        let page = |seqs: std::ops::Range<u64>| ProcessOutputPage {
+            next_seq: seqs.end,
+            chunks: seqs.map(chunk).collect(),
+            exited: false,
+            exit_code: None,
+            closed: false,
+            failure: None,
+            sandbox_denied: false,
+        };
+        collected.merge(page(1..3));
+        assert_eq!((collected.stdout.len(), collected.stage()), (EARLY_EVENTS_MAX + 1, Stage::Behind));
+        collected.merge(page(1500..2000));
+        assert_eq!((collected.stdout.len(), collected.stage()), (EARLY_EVENTS_MAX + 501, Stage::Live));
+        assert_eq!(collected.lost_chunks, 1500 - (EARLY_EVENTS_MAX as u64 + 2));
     }
 }

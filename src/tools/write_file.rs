@@ -9,7 +9,7 @@ use serde_json::json;
 use super::open_file::OpenFile;
 use super::{Call, Tool, ToolError, coded_failure, failure, refused, resolve};
 use crate::protocol::path::FileUri;
-use crate::protocol::rest::ToolResult;
+use crate::protocol::rest::{Ran, ToolResult};
 use crate::protocol::rpc::{
     BLOCK_BYTES_MAX, Base64Bytes, FsCreateDirectory, FsGetMetadata, FsWriteFile, NOT_FOUND, OpenMode,
 };
@@ -39,32 +39,48 @@ pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
         .map_err(|_| ToolError::Arguments("content_b64: expected standard base64 with padding".into()))?;
     drop(content_b64);
     let writing = async {
-        let client = call.client(Use::Files, deadline).await?;
-        let uri = resolve(client.environment(), "path", &path)?;
-        // Opening a pipe or a device could hold up the whole stream at the executor.
-        match refused(client.call(&FsGetMetadata { path: uri.clone() }).await)? {
-            Ok(metadata) if !metadata.is_file => {
-                return Ok(coded_failure("not_a_file", format!("write_file failed: {path} is not a regular file")));
+        let mut client = call.client(Use::Files, deadline).await?;
+        let mut way = call.way_back(Use::Files, deadline);
+        loop {
+            let ran = match attempt(&client, &path, &content, create_parents).await {
+                Err(ToolError::Lost { ran }) => ran,
+                result => return result,
+            };
+            let next = way.find(&client, ran == Ran::Unknown).await?;
+            // The same bytes at the same places do no harm, unless something else has begun to write there since.
+            if way.ran == Ran::Unknown && !next.continues(&client) {
+                return Err(ToolError::Lost { ran: way.ran });
             }
-            Err(error) if error.code != NOT_FOUND => return Ok(failure(Tool::WriteFile, &error)),
-            Ok(_) | Err(_) => {}
+            client = next;
         }
-        if create_parents && let Some(parent) = uri.parent() {
-            let made = client.call(&FsCreateDirectory { path: parent, recursive: true }).await;
-            if let Err(error) = refused(made)? {
-                return Ok(failure(Tool::WriteFile, &error));
-            }
-        }
-        Ok(match refused(write(&client, uri, &content).await.map_err(|error| begun(error, create_parents)))? {
-            Ok(()) => ToolResult {
-                // The executor replaces by emptying first, so a cut may leave a part.
-                structured_content: Some(json!({ "bytes": content.len(), "atomic": false })),
-                ..ToolResult::text("ok")
-            },
-            Err(error) => failure(Tool::WriteFile, &error),
-        })
     };
     super::before(deadline, writing).await
+}
+
+async fn attempt(client: &Client, path: &str, content: &[u8], create_parents: bool) -> Result<ToolResult, ToolError> {
+    let uri = resolve(client.environment(), "path", path)?;
+    // Opening a pipe or a device could hold up the whole stream at the executor.
+    match refused(client.call(&FsGetMetadata { path: uri.clone() }).await)? {
+        Ok(metadata) if !metadata.is_file => {
+            return Ok(coded_failure("not_a_file", format!("write_file failed: {path} is not a regular file")));
+        }
+        Err(error) if error.code != NOT_FOUND => return Ok(failure(Tool::WriteFile, &error)),
+        Ok(_) | Err(_) => {}
+    }
+    if create_parents && let Some(parent) = uri.parent() {
+        let made = client.call(&FsCreateDirectory { path: parent, recursive: true }).await;
+        if let Err(error) = refused(made)? {
+            return Ok(failure(Tool::WriteFile, &error));
+        }
+    }
+    Ok(match refused(write(client, uri, content).await.map_err(|error| begun(error, create_parents)))? {
+        Ok(()) => ToolResult {
+            // The executor replaces by emptying first, so a cut may leave a part.
+            structured_content: Some(json!({ "bytes": content.len(), "atomic": false })),
+            ..ToolResult::text("ok")
+        },
+        Err(error) => failure(Tool::WriteFile, &error),
+    })
 }
 
 async fn write(client: &Client, path: FileUri, content: &[u8]) -> Result<(), CallError> {

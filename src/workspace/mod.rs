@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::auth::cap_token::CapTokenRefused;
 use crate::auth::{Auth, Principal};
@@ -51,6 +53,10 @@ pub struct Corridor {
     pub link: Arc<config::Link>,
     /// Bounds and times of workspaces.
     pub settings: config::Workspaces,
+    /// Tasks that end what calls have left behind at executors.
+    pub endings: TaskTracker,
+    /// Cancelled when the gateway stops: no call and no ending waits any longer for an executor that is away.
+    pub stop: CancellationToken,
 }
 
 /// Why a workspace cannot reach an executor.
@@ -219,7 +225,7 @@ impl Workspace {
         Conversation::open(stream, identity, &authorization).await
     }
 
-    /// The same with the gateway as the caller, in a new executor session or in the one to resume.
+    /// The same with the gateway as the caller, in a new executor session or in the one to resume. `stop` ends it.
     ///
     /// # Errors
     /// [`ConnectError`].
@@ -227,9 +233,10 @@ impl Workspace {
         &self,
         stream: StreamHandle,
         resume: Option<ExecutorSessionId>,
+        stop: CancellationToken,
     ) -> Result<Client, ConnectError> {
         let conversation = self.converse(stream).await?;
-        Client::initialize(conversation, resume).await.map_err(ConnectError::Initialize)
+        Client::initialize(conversation, resume, stop).await.map_err(ConnectError::Initialize)
     }
 
     /// Opens a stream to a bound executor: the only way from a caller to an executor, so rights and bounds are

@@ -1,17 +1,22 @@
-//! Executor → ready client, for one workspace. A client that was lost is opened again by the next call.
+//! Executor → ready client, for one workspace. A client that was lost is opened again by the next call, in the executor
+//! session of the one before where the executor still has it.
 //!
 //! Two clients per executor: one for processes, one for files, so that a long file transfer never stands before the
 //! start of a command (executors carry out the requests of one stream in order).
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
 
 use super::{ReachError, Workspace};
 use crate::protocol::ids::ExecutorId;
-use crate::relay::client::{Client, ConnectError};
+use crate::protocol::rpc::{ALREADY_ATTACHED, ExecutorSessionId};
+use crate::relay::client::{CallError, Client, ConnectError};
 use crate::relay::conversation::HandshakeError;
 use crate::relay::stream::StreamEnd;
 use crate::store::Binding;
@@ -28,12 +33,28 @@ pub enum Use {
 /// Links that may be lost one after the other while a conversation is opened.
 const OPEN_TRIES: usize = 3;
 
+/// How long an executor may take to see that the former conversation of a session is over; 40 ms were observed.
+const DETACH_WAIT: Duration = Duration::from_secs(5);
+
+/// Pause between two tries to reach an executor again.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(2);
+
 type Dial = Shared<BoxFuture<'static, Result<Client, Arc<ReachError>>>>;
 
 /// The ready clients of one workspace: at most two for each of its executors.
 #[derive(Default)]
 pub struct Pool {
-    dials: Mutex<HashMap<(ExecutorId, Use), Dial>>,
+    slots: Mutex<HashMap<(ExecutorId, Use), Slot>>,
+}
+
+#[derive(Default)]
+struct Slot {
+    dial: Option<Dial>,
+    /// The executor session of the last client.
+    session: Option<ExecutorSessionId>,
+    /// Cancelled when the workspace may no longer reach the executor.
+    withdrawn: CancellationToken,
 }
 
 impl Pool {
@@ -51,67 +72,143 @@ impl Pool {
         dial.await
     }
 
-    fn dial(&self, workspace: &Arc<Workspace>, binding: &Binding, purpose: Use) -> Dial {
-        let mut dials = self.dials.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (binding.executor().clone(), purpose);
-        match dials.get(&key) {
-            Some(dial) if dial.peek().is_none_or(|done| done.as_ref().is_ok_and(|client| !client.is_ended())) => {
-                dial.clone()
+    /// The client after one that was lost, in the same executor session if [`Client::continues`] says so. Tries until
+    /// there is one, so the caller must bound the wait; `None` when the right to it was taken away or the gateway
+    /// stops.
+    pub async fn successor(
+        workspace: &Arc<Workspace>,
+        binding: &Binding,
+        purpose: Use,
+        lost: &Client,
+    ) -> Option<Client> {
+        let found = async {
+            lost.ended().await;
+            let mut pause = RETRY_PAUSE;
+            loop {
+                match Self::client(workspace, binding, purpose).await {
+                    Ok(client) => return Some(client),
+                    Err(error) if matches!(*error, ReachError::NoEnvironment(_)) => return None,
+                    Err(error) => tracing::debug!(executor = %binding.executor(), %error, "not reached again yet"),
+                }
+                sleep(pause).await;
+                pause = (pause * 2).min(RETRY_PAUSE_MAX);
             }
-            _ => {
-                let task = tokio::spawn(open(workspace.clone(), binding.clone()));
-                let dial = async move { task.await.unwrap_or_else(|_| Err(Arc::new(ReachError::Failed))) };
-                let dial = dial.boxed().shared();
-                dials.insert(key, dial.clone());
-                dial
-            }
+        };
+        tokio::select! {
+            biased;
+            () = lost.closed() => None,
+            () = workspace.corridor().stop.cancelled() => None,
+            found = found => found,
         }
     }
 
-    /// Ends the clients of an executor that this workspace may no longer reach, with the calls on them.
+    fn dial(&self, workspace: &Arc<Workspace>, binding: &Binding, purpose: Use) -> Dial {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = slots.entry((binding.executor().clone(), purpose)).or_default();
+        if let Some(dial) = &slot.dial {
+            match dial.peek() {
+                None => return dial.clone(),
+                Some(Ok(client)) if !client.is_ended() => return dial.clone(),
+                Some(Ok(client)) => slot.session = client.session().cloned(),
+                Some(Err(_)) => {}
+            }
+        }
+        let opening = open(workspace.clone(), binding.clone(), slot.session.clone(), slot.withdrawn.clone());
+        let task = tokio::spawn(opening);
+        let dial = async move { task.await.unwrap_or_else(|_| Err(Arc::new(ReachError::Failed))) };
+        slot.dial.insert(dial.boxed().shared()).clone()
+    }
+
+    /// Ends the clients of an executor that this workspace may no longer reach, with the calls on them and those that
+    /// wait for a successor. Their executor sessions are forgotten.
     pub fn close_executor(&self, executor: &ExecutorId) {
         self.close_where(|of| of == executor);
     }
 
-    /// Ends all clients, with the calls on them.
+    /// Ends all clients, as [`Self::close_executor`] does.
     pub fn close_all(&self) {
         self.close_where(|_| true);
     }
 
     fn close_where(&self, wanted: impl Fn(&ExecutorId) -> bool) {
-        self.dials.lock().unwrap_or_else(PoisonError::into_inner).retain(|(executor, _), dial| {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner).retain(|(executor, _), slot| {
             let close = wanted(executor);
-            if close && let Some(Ok(client)) = dial.peek() {
-                client.close();
+            if close {
+                slot.withdrawn.cancel();
             }
             !close
         });
     }
 }
 
-/// Opens a conversation. One cut off by the loss of its link is opened again, on the link that follows: nothing has
-/// reached the executor yet.
-async fn open(workspace: Arc<Workspace>, binding: Binding) -> Result<Client, Arc<ReachError>> {
-    let environment = || binding.name().to_string();
-    for _ in 0..OPEN_TRIES {
-        match try_open(&workspace, &binding).await? {
-            // The right may have been taken away while the conversation was being opened.
-            Ok(client) => match workspace.environment(binding.name().as_str()).await {
-                Ok(now) if now.executor() == binding.executor() => return Ok(client),
-                Ok(_) => return Err(Arc::new(ReachError::NoEnvironment(environment()))),
-                Err(error) => return Err(Arc::new(error)),
-            },
-            Err(ConnectError::Handshake(HandshakeError::Ended(StreamEnd::Disconnected))) => {}
-            Err(error) => {
-                tracing::warn!(executor = %binding.executor(), %error, "no conversation with the executor");
-                return Err(Arc::new(ReachError::Unreachable { environment: environment(), source: Arc::new(error) }));
-            }
-        }
-    }
-    Err(Arc::new(ReachError::NotConnected(environment())))
+/// Opens a conversation, in the former executor session if there is one and the executor still has it.
+async fn open(
+    workspace: Arc<Workspace>,
+    binding: Binding,
+    former: Option<ExecutorSessionId>,
+    withdrawn: CancellationToken,
+) -> Result<Client, Arc<ReachError>> {
+    let opening = async {
+        check(&workspace, &binding).await?;
+        let client = resume_or_begin(&workspace, &binding, former, &withdrawn).await?;
+        // The right may have been taken away while the conversation was being opened.
+        check(&workspace, &binding).await?;
+        Ok(client)
+    };
+    let opened = tokio::select! {
+        biased;
+        () = withdrawn.cancelled() => Err(ReachError::NoEnvironment(binding.name().to_string())),
+        opened = opening => opened,
+    };
+    opened.map_err(Arc::new)
 }
 
-async fn try_open(workspace: &Workspace, binding: &Binding) -> Result<Result<Client, ConnectError>, Arc<ReachError>> {
-    let stream = workspace.open_own_stream(binding).await.map_err(Arc::new)?;
-    Ok(workspace.connect(stream, None).await)
+/// Whether the workspace's environment of that name is still this executor.
+async fn check(workspace: &Workspace, binding: &Binding) -> Result<(), ReachError> {
+    let name = binding.name().as_str();
+    let now = workspace.environment(name).await?;
+    if now.executor() == binding.executor() { Ok(()) } else { Err(ReachError::NoEnvironment(name.to_owned())) }
+}
+
+/// A conversation cut off by the loss of its link is opened again, on the link that follows: nothing has reached the
+/// executor yet.
+async fn resume_or_begin(
+    workspace: &Workspace,
+    binding: &Binding,
+    mut resume: Option<ExecutorSessionId>,
+    withdrawn: &CancellationToken,
+) -> Result<Client, ReachError> {
+    let environment = || binding.name().to_string();
+    let detached_until = Instant::now() + DETACH_WAIT;
+    let mut tries = 0;
+    loop {
+        let stream = workspace.open_own_stream(binding).await?;
+        let error = match workspace.connect(stream, resume.clone(), withdrawn.child_token()).await {
+            Ok(client) => return Ok(client),
+            Err(error) => error,
+        };
+        match &error {
+            ConnectError::Initialize(CallError::Rpc(refusal)) if resume.is_some() => {
+                if refusal.code == ALREADY_ATTACHED && Instant::now() < detached_until {
+                    sleep(RETRY_PAUSE).await;
+                } else {
+                    resume = None;
+                }
+                continue;
+            }
+            ConnectError::Handshake(HandshakeError::Ended(StreamEnd::Disconnected))
+            | ConnectError::Initialize(CallError::Lost { .. }) => {
+                tries += 1;
+                if tries < OPEN_TRIES {
+                    continue;
+                }
+            }
+            _ => {}
+        }
+        if let ConnectError::Handshake(HandshakeError::Ended(StreamEnd::Disconnected)) = error {
+            return Err(ReachError::NotConnected(environment()));
+        }
+        tracing::warn!(executor = %binding.executor(), %error, "no conversation with the executor");
+        return Err(ReachError::Unreachable { environment: environment(), source: Arc::new(error) });
+    }
 }

@@ -25,23 +25,29 @@ pub fn program() -> PathBuf {
     program
 }
 
-/// The executor's program in a home of its own.
-fn command() -> (Scratch, Command) {
-    let home = Scratch::new();
+/// The program with these arguments, a home of its own and nothing of this process's variables.
+pub fn process(home: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(program());
-    // Its own process group: the launcher has a native child, and both must end with the test.
     command
+        .args(arguments)
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-        .env("HOME", home.path())
-        .env("CODEX_HOME", home.path())
+        .env("HOME", home)
+        .env("CODEX_HOME", home)
         .env("NO_PROXY", "127.0.0.1,localhost")
-        .current_dir(home.path())
-        .stdout(Stdio::null())
+        .current_dir(home)
         .stderr(if std::env::var_os("EXECUTOR_LOG").is_some() { Stdio::inherit() } else { Stdio::null() })
+        // Its own process group: the launcher has a native child, and both must end with the test.
         .process_group(0)
         .kill_on_drop(true);
-    (home, command)
+    command
+}
+
+/// Kills launcher and program at once.
+pub fn kill_group(child: &Child) {
+    if let Some(pid) = child.id() {
+        let _ = std::process::Command::new("kill").args(["-KILL", "--", &format!("-{pid}")]).status();
+    }
 }
 
 impl CodexExecutor {
@@ -52,11 +58,10 @@ impl CodexExecutor {
 
     /// Starts an executor whose command line, variables or directory are changed before; the path is its home.
     pub async fn start_with(url: &str, credentials: &Credentials, change: impl FnOnce(&mut Command, &Path)) -> Self {
-        let (home, mut command) = command();
-        command
-            .args(["exec-server", "--remote", url, "--environment-id", &credentials.executor])
-            .arg("--registration-bearer-stdin")
-            .stdin(Stdio::piped());
+        let home = Scratch::new();
+        let remote = ["exec-server", "--remote", url, "--environment-id", &credentials.executor];
+        let mut command = process(home.path(), &[&remote[..], &["--registration-bearer-stdin"]].concat());
+        command.stdin(Stdio::piped()).stdout(Stdio::null());
         change(&mut command, home.path());
         let mut child = command.spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
@@ -66,23 +71,26 @@ impl CodexExecutor {
 
     /// Starts an executor on the direct transport: plain JSON-RPC, signed requests.
     pub fn start_direct(url: &str, credentials: &Credentials, change: impl FnOnce(&mut Command)) -> Self {
-        let (home, mut command) = command();
+        let home = Scratch::new();
+        let remote = ["exec-server", "--remote", url, "--environment-id", &credentials.executor];
+        let direct = ["--remote-transport", "direct", "--aws-sigv4"];
+        let mut command = process(home.path(), &[&remote[..], &direct[..]].concat());
         command
-            .args(["exec-server", "--remote", url, "--environment-id", &credentials.executor])
-            .args(["--remote-transport", "direct", "--aws-sigv4"])
             .env("AWS_ACCESS_KEY_ID", &credentials.executor)
             .env("AWS_SECRET_ACCESS_KEY", &credentials.token)
             .env("AWS_REGION", "eu-north-1")
             .env("AWS_EC2_METADATA_DISABLED", "true")
-            .stdin(Stdio::null());
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
         change(&mut command);
         Self { child: command.spawn().unwrap(), home }
     }
 
     /// Starts an executor that listens, and gives the URL of its plain JSON-RPC.
     pub async fn listening() -> (Self, String) {
-        let (home, mut command) = command();
-        command.args(["exec-server", "--listen", "ws://127.0.0.1:0"]).stdin(Stdio::null()).stdout(Stdio::piped());
+        let home = Scratch::new();
+        let mut command = process(home.path(), &["exec-server", "--listen", "ws://127.0.0.1:0"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let url = lines.next_line().await.unwrap().expect("the executor tells its URL");
@@ -121,9 +129,7 @@ impl CodexExecutor {
 
     /// Kills launcher and executor at once.
     pub fn kill(&self) {
-        if let Some(pid) = self.child.id() {
-            let _ = std::process::Command::new("kill").args(["-KILL", "--", &format!("-{pid}")]).status();
-        }
+        kill_group(&self.child);
     }
 }
 

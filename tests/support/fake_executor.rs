@@ -1,7 +1,7 @@
 //! A stand-in executor for faults that the real one cannot be made to show. It speaks the executor's side of register,
 //! link, encrypted handshake and JSON-RPC (codex-exec-server.md §2 to §5), and misbehaves where a test tells it to.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
@@ -49,10 +49,12 @@ struct Process {
     replies: Mutex<HashMap<String, Reply>>,
     asked: Mutex<HashMap<String, usize>>,
     validated: Mutex<Vec<Value>>,
+    /// The processes of each session; both are kept for ever.
+    sessions: Mutex<HashMap<String, HashSet<String>>>,
     open: watch::Sender<bool>,
 }
 
-/// What it does with a request. `handshake` counts as a method here.
+/// What it does with a request. `handshake` counts as a method here, and `reset` is asked for as one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reply {
     /// What an executor in good health does.
@@ -67,8 +69,12 @@ pub enum Reply {
     Garbage,
     /// The end of the socket, without a farewell.
     Hangup,
+    /// The same, after it has done what it was asked.
+    Unanswered,
     /// The end of the stream.
     Reset,
+    /// An error of this code and text.
+    Refused(i64, &'static str),
 }
 
 impl FakeExecutor {
@@ -83,6 +89,7 @@ impl FakeExecutor {
             replies: Mutex::default(),
             asked: Mutex::default(),
             validated: Mutex::default(),
+            sessions: Mutex::default(),
             open: watch::Sender::new(true),
         }))
     }
@@ -170,6 +177,11 @@ impl FakeExecutor {
         self.0.asked.lock().unwrap().get(method).copied().unwrap_or(0)
     }
 
+    /// How many processes of different ids it has started.
+    pub fn processes(&self) -> usize {
+        self.0.sessions.lock().unwrap().values().map(HashSet::len).sum()
+    }
+
     /// The bodies it sent to be validated.
     pub fn validations(&self) -> Vec<Value> {
         self.0.validated.lock().unwrap().clone()
@@ -255,6 +267,7 @@ struct Conversation {
     sending: Endpoint,
     receiving: Endpoint,
     reader: MessageReader,
+    session: String,
 }
 
 /// The socket is over.
@@ -326,6 +339,7 @@ impl Socket {
             Body::Handshake { payload } => self.handshake(stream_id, payload).await,
             Body::Data(data) => self.data(&stream_id, data).await,
             Body::Reset { .. } => {
+                self.executor.reply("reset");
                 self.streams.remove(&stream_id);
                 Ok(())
             }
@@ -336,13 +350,13 @@ impl Socket {
     async fn handshake(&mut self, stream: StreamId, message: Bytes) -> Result<(), Over> {
         match self.executor.reply("handshake") {
             Reply::Never => Ok(()),
-            Reply::Hangup => Err(Over),
+            Reply::Hangup | Reply::Unanswered => Err(Over),
             Reply::Reset => self.reset(&stream).await,
             Reply::Held => {
                 self.held.push(Held::Handshake(stream, message));
                 Ok(())
             }
-            Reply::Usual => self.respond(stream, &message, false).await,
+            Reply::Usual | Reply::Refused(..) => self.respond(stream, &message, false).await,
             Reply::Tampered | Reply::Garbage => self.respond(stream, &message, true).await,
         }
     }
@@ -381,6 +395,7 @@ impl Socket {
             sending: Endpoint::new(EndpointLimits::default()),
             receiving: Endpoint::new(EndpointLimits::default()),
             reader: MessageReader::new(MESSAGE_BYTES_MAX),
+            session: String::new(),
         };
         self.streams.insert(stream.detached(), conversation);
         self.send(&stream, Body::Handshake { payload: Bytes::copy_from_slice(&buffer[..length]) }).await
@@ -391,8 +406,10 @@ impl Socket {
         let Some(conversation) = self.streams.get_mut(stream) else { return self.reset(stream).await };
         conversation.receiving.receive(data).unwrap();
         while let Some(record) = conversation.receiving.next() {
-            let mut plain = vec![0; record.len() - TAG_BYTES];
-            conversation.channel.receive(&record, &mut plain).unwrap();
+            let mut plain = vec![0; record.len().saturating_sub(TAG_BYTES)];
+            if conversation.channel.receive(&record, &mut plain).is_err() {
+                return self.reset(stream).await;
+            }
             conversation.reader.push(plain.into());
             while let Some(message) = conversation.reader.next().unwrap() {
                 messages.push(message);
@@ -413,26 +430,74 @@ impl Socket {
         match reply {
             Reply::Never => Ok(()),
             Reply::Hangup => Err(Over),
+            Reply::Unanswered => {
+                let _ = self.carry_out(stream, request);
+                Err(Over)
+            }
             Reply::Reset => self.reset(stream).await,
             Reply::Held => {
                 self.held.push(Held::Request(stream.clone(), request.clone()));
                 Ok(())
             }
             Reply::Garbage => self.seal(stream, b"{]", false).await,
+            Reply::Refused(code, message) => {
+                let error = json!({ "code": code, "message": message });
+                let answer = json!({ "id": request["id"], "error": error });
+                self.seal(stream, answer.to_string().as_bytes(), false).await
+            }
             Reply::Usual => self.answer(stream, request, false).await,
             Reply::Tampered => self.answer(stream, request, true).await,
         }
     }
 
     async fn answer(&mut self, stream: &StreamId, request: &Value, tamper: bool) -> Result<(), Over> {
-        let (id, method, params) = (&request["id"], request["method"].as_str().unwrap(), &request["params"]);
-        let result = usual_result(method, params, &self.executor.0.id);
-        let answer = json!({ "id": id, "result": result }).to_string();
-        self.seal(stream, answer.as_bytes(), tamper).await?;
-        if method == "process/start" {
-            self.run(stream, &params["processId"]).await?;
+        let result = self.carry_out(stream, request);
+        let started = request["method"] == "process/start" && result.is_ok();
+        let answer = match result {
+            Ok(result) => json!({ "id": request["id"], "result": result }),
+            Err(message) => json!({ "id": request["id"], "error": { "code": -32600, "message": message } }),
+        };
+        self.seal(stream, answer.to_string().as_bytes(), tamper).await?;
+        if started {
+            self.run(stream, &request["params"]["processId"]).await?;
         }
         Ok(())
+    }
+
+    /// The result, or why there is none.
+    fn carry_out(&mut self, stream: &StreamId, request: &Value) -> Result<Value, String> {
+        let (method, params) = (request["method"].as_str().unwrap(), &request["params"]);
+        let process = self.executor.0.clone();
+        let mut sessions = process.sessions.lock().unwrap();
+        let session = &mut self.streams.get_mut(stream).ok_or("no such stream")?.session;
+        let text = |name: &str| params[name].as_str().unwrap_or_default().to_owned();
+        match method {
+            "initialize" => {
+                *session = match params["resumeSessionId"].as_str() {
+                    Some(id) if sessions.contains_key(id) => id.to_owned(),
+                    Some(id) => return Err(format!("unknown session id {id}")),
+                    None => uuid::Uuid::new_v4().to_string(),
+                };
+                sessions.entry(session.clone()).or_default();
+                Ok(json!({ "sessionId": session, "environmentInfo": {
+                    "shell": { "name": "sh", "path": "/bin/sh" },
+                    "cwd": "file:///work",
+                    "userHomeDir": "file:///home",
+                    "platformOs": "linux",
+                } }))
+            }
+            "process/start" if !sessions.get_mut(session).unwrap().insert(text("processId")) => {
+                Err(format!("process {} already exists", text("processId")))
+            }
+            "process/read" if sessions[session].contains(&text("processId")) => {
+                let chunk =
+                    json!({ "seq": 1, "stream": "stdout", "chunk": STANDARD.encode(format!("{}\n", process.id)) });
+                let chunks = if params["afterSeq"].as_u64() > Some(0) { vec![] } else { vec![chunk] };
+                Ok(json!({ "chunks": chunks, "nextSeq": 4, "exited": true, "exitCode": 0, "closed": true }))
+            }
+            "process/read" => Err(format!("unknown process id {}", text("processId"))),
+            _ => Ok(usual_result(method, params, &process.id)),
+        }
     }
 
     /// Every process prints the id of the executor it ran on.
@@ -477,15 +542,6 @@ async fn released(open: &mut watch::Receiver<bool>) {
 /// The answer of an executor that has one file and runs everything.
 fn usual_result(method: &str, params: &Value, id: &str) -> Value {
     match method {
-        "initialize" => json!({
-            "sessionId": uuid::Uuid::new_v4().to_string(),
-            "environmentInfo": {
-                "shell": { "name": "sh", "path": "/bin/sh" },
-                "cwd": "file:///work",
-                "userHomeDir": "file:///home",
-                "platformOs": "linux",
-            },
-        }),
         "process/start" => json!({ "processId": params["processId"] }),
         "process/terminate" => json!({ "running": false }),
         "fs/getMetadata" => json!({

@@ -99,9 +99,9 @@ impl Harness {
     pub async fn open(caller: &Caller, executor: &str, tongue: Tongue) -> Self {
         let path = format!("/bridge/{executor}");
         match tongue {
-            Tongue::Json => Self::on(dial(caller, &path).await.unwrap(), stream_id(), Coding::Json),
+            Tongue::Json => Self::plain(dial(caller, &path).await.unwrap(), tongue),
             Tongue::Frames => {
-                let mut harness = Self::on(dial(caller, &path).await.unwrap(), stream_id(), Coding::Frames);
+                let mut harness = Self::plain(dial(caller, &path).await.unwrap(), tongue);
                 harness.send_body(Body::Resume { next_seq: 0 }).await;
                 harness
             }
@@ -145,6 +145,12 @@ impl Harness {
         }
     }
 
+    /// A harness that speaks in the clear on a socket of the bridge, and has said nothing yet.
+    pub fn plain(socket: WebSocketStream<TcpStream>, tongue: Tongue) -> Self {
+        let coding = if tongue == Tongue::Json { Coding::Json } else { Coding::Frames };
+        Self::on(socket, stream_id(), coding)
+    }
+
     fn on(socket: WebSocketStream<TcpStream>, stream: StreamId, coding: Coding) -> Self {
         let endpoint = || Endpoint::new(EndpointLimits::default());
         Self { socket, stream, coding, sending: endpoint(), receiving: endpoint(), next_id: 0, heard: VecDeque::new() }
@@ -171,12 +177,16 @@ impl Harness {
 
     /// Sends one message.
     pub async fn say(&mut self, message: &Value) {
-        let json = message.to_string();
+        self.say_text(&message.to_string()).await;
+    }
+
+    /// Sends one message that may be none.
+    pub async fn say_text(&mut self, json: &str) {
         match &mut self.coding {
             Coding::Json => self.socket.send(Message::text(json)).await.unwrap(),
             Coding::Frames => {
                 let seq = self.sending.next_seq().unwrap();
-                let data = Data { seq, segment_index: 0, segment_count: 1, payload: json.into() };
+                let data = Data { seq, segment_index: 0, segment_count: 1, payload: json.to_owned().into() };
                 self.send_body(Body::Data(data)).await;
             }
             Coding::Records(channel, _) => {

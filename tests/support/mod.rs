@@ -4,11 +4,13 @@
 #![allow(dead_code)]
 
 pub mod adapter;
+pub mod app_server;
 pub mod caller;
 pub mod codex;
 pub mod fake_executor;
 pub mod gateway;
 pub mod harness;
+pub mod model;
 pub mod proxy;
 pub mod sigv4;
 pub mod upstream;
@@ -18,11 +20,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use adapter::Adapter;
+pub use app_server::{AppServer, Route};
 pub use caller::{Answer, Caller};
 pub use codex::{CodexExecutor, Marker, Workbench};
 pub use fake_executor::{FakeExecutor, FakeLink, Reply};
 pub use gateway::{Credentials, DaemonProcess, TestGateway};
 pub use harness::{Harness, Tongue};
+pub use model::Model;
 pub use proxy::Proxy;
 pub use sigv4::Signer;
 pub use upstream::{Upstream, Verdict};

@@ -1,0 +1,113 @@
+//! The stock harness on the stock executor, over each of its three ways to the gateway, while nothing happens, the
+//! gateway is killed, or the executor's socket is cut.
+
+use std::path::PathBuf;
+
+use crate::endure::Rig;
+use crate::support::{AppServer, Model, Proxy, Route, eventually};
+
+/// Prints a line, then waits for a file called `go`; not for ever, should its test be gone.
+const WAITING: &str =
+    "echo ran >> runs; echo first; touch started; for i in $(seq 3000); do [ -e go ] && break; sleep 0.02; done; ";
+
+/// A harness in the middle of a turn whose command has printed its first line and waits.
+struct Turn {
+    rig: Rig,
+    harness: AppServer,
+    model: Model,
+    work: PathBuf,
+    _front: Proxy,
+}
+
+impl Turn {
+    async fn begin(route: Route) -> Self {
+        let rig = Rig::start().await;
+        let work = rig.file("work");
+        std::fs::create_dir(&work).unwrap();
+        std::fs::write(work.join("note"), "written before\n").unwrap();
+        let model = Model::ordering(&[&format!("{WAITING} cat note"), "cat runs note | wc -l"]).await;
+        let front = Proxy::holding(rig.address).await;
+        let gateway = match route {
+            Route::File | Route::Url => rig.address,
+            // It gives up at once when the way to the executor is refused by a closed port.
+            Route::Registry => front.address,
+        };
+        let token = rig.caller.token.as_deref().unwrap();
+        let mut harness = AppServer::connected(route, gateway, &rig.credentials, token, &model).await;
+        harness.begin_turn(&work).await;
+        harness.hears_of_the_command().await;
+        eventually("the command runs", async || work.join("started").exists().then_some(())).await;
+        Self { rig, harness, model, work, _front: front }
+    }
+
+    /// Lets the command end: it ran once, and the model was told all that it printed.
+    async fn ends_well(mut self) {
+        std::fs::write(self.work.join("go"), "").unwrap();
+        self.harness.end_turn().await;
+        let told = self.model.told();
+        let [first, second] = &told[..] else { panic!("{told:?}") };
+        assert!(first.contains("exited with code 0") && first.ends_with("Output:\nfirst\nwritten before\n"), "{first}");
+        assert!(second.ends_with("Output:\n2\n"), "the command ran once: {second}");
+    }
+}
+
+async fn runs_a_turn(route: Route) {
+    Turn::begin(route).await.ends_well().await;
+}
+
+async fn outlives_a_killed_gateway(route: Route) {
+    let mut turn = Turn::begin(route).await;
+    turn.rig.kill_and_restart().await;
+    turn.ends_well().await;
+}
+
+async fn outlives_a_cut_executor(route: Route) {
+    let turn = Turn::begin(route).await;
+    turn.rig.proxy.cut();
+    turn.ends_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_of_an_environments_file_runs_a_turn() {
+    runs_a_turn(Route::File).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_of_an_environments_file_goes_on_after_its_gateway_was_killed() {
+    outlives_a_killed_gateway(Route::File).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_of_an_environments_file_goes_on_after_its_executor_was_cut_off() {
+    outlives_a_cut_executor(Route::File).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_of_a_url_runs_a_turn() {
+    runs_a_turn(Route::Url).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_of_a_url_goes_on_after_its_gateway_was_killed() {
+    outlives_a_killed_gateway(Route::Url).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_of_a_url_goes_on_after_its_executor_was_cut_off() {
+    outlives_a_cut_executor(Route::Url).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_encrypted_harness_runs_a_turn() {
+    runs_a_turn(Route::Registry).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_encrypted_harness_goes_on_after_its_gateway_was_killed() {
+    outlives_a_killed_gateway(Route::Registry).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_encrypted_harness_goes_on_after_its_executor_was_cut_off() {
+    outlives_a_cut_executor(Route::Registry).await;
+}

@@ -74,12 +74,15 @@ async fn a_harness_ends_with_the_right_of_its_workspace_and_its_neighbour_does_n
     let (name, workspace) = (EnvironmentName::new("shared").unwrap(), guests.clone());
     let bind = Request::ExecutorBind { executor: id.clone(), workspace, name, default: false };
     let unbind = Request::ExecutorUnbind { executor: id, workspace: guests.clone() };
+    // It ends with the directory of this test.
+    std::fs::write(bench.file("going-on"), "").unwrap();
+    let command = format!("while [ -e {} ]; do sleep 0.05; done", bench.file("going-on").display());
     for tongue in [Tongue::Json, Tongue::Frames, Tongue::Encrypted] {
         let (mut neighbour, _) = Harness::initialized(&bench.caller, executor, tongue).await;
         for end in [unbind.clone(), Request::RevokeWorkspace { workspace: guests.clone() }] {
             bench.gateway.admin(bind.clone()).await;
             let (mut harness, _) = Harness::initialized(&guest, executor, tongue).await;
-            harness.start("p1", "sleep 1000").await;
+            harness.start("p1", &command).await;
             bench.gateway.admin(end).await;
             let farewell = tokio::time::timeout(PATIENCE, harness.farewell()).await.expect("its socket ends");
             let farewell = farewell.expect("a farewell");

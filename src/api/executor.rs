@@ -400,9 +400,10 @@ pub async fn open_registered_link(
     registration: &str,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
-    let id = RegistrationId::new(registration).map_err(|_| register_again(false, "unknown_route"))?;
+    let unknown = || register_again(false, "unknown_route");
+    let id = RegistrationId::new(registration).map_err(|_| unknown())?;
     let stored = find_registration(api, &mut Hold::new(api), &id).await?;
-    let executor = stored.ok_or_else(|| register_again(false, "unknown_route"))?.executor;
+    let executor = stored.ok_or_else(unknown)?.executor;
     let ticket = query_parameter(request.uri().query().unwrap_or_default(), "token");
     if ticket.is_none() && credential::of_socket(&request).is_ok() {
         return harness::open(api, executor.as_str(), request).await;

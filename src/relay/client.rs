@@ -32,12 +32,12 @@ const EVENTS_MAX: usize = 128;
 /// Handles open at once; executors hold 128 per connection, and some may wait to be closed.
 const FILE_HANDLES_MAX: usize = 64;
 
-/// The same where a connection is shared and each caller has 32.
-const SHARED_FILE_HANDLES_MAX: usize = 16;
-
 /// How long a process may be only being started, and the pause before it is asked for again.
 const STARTING_WAIT: Duration = Duration::from_secs(10);
 const STARTING_PAUSE: Duration = Duration::from_millis(20);
+
+/// File handles where a connection is shared and each caller has 32.
+const SHARED_FILE_HANDLES_MAX: usize = 16;
 
 /// Why an executor could not be reached over a new stream; nothing has run on it then.
 #[derive(Debug, thiserror::Error)]
@@ -164,9 +164,9 @@ impl Client {
         resume: Option<ExecutorSessionId>,
         stop: CancellationToken,
     ) -> Result<Self, CallError> {
-        let (settings, registration) =
-            (conversation.sender.link().settings(), conversation.sender.link().registration());
-        let handles = if registration.transport.is_shared() { SHARED_FILE_HANDLES_MAX } else { FILE_HANDLES_MAX };
+        let link = conversation.sender.link();
+        let (settings, transport) = (link.settings(), link.registration().transport);
+        let handles = if transport.is_shared() { SHARED_FILE_HANDLES_MAX } else { FILE_HANDLES_MAX };
         let (outgoing, messages) = mpsc::channel(OUTGOING_MAX);
         let shared = Arc::new(Shared {
             calls: Mutex::default(),

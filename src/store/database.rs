@@ -108,7 +108,7 @@ const MIGRATIONS: &[&str] = &[
 ",
     "
     ALTER TABLE sessions ADD COLUMN exit_seq INTEGER;
-",
+    ",
     "
     CREATE TABLE shared_sessions (
         executor TEXT PRIMARY KEY REFERENCES executors (id) ON DELETE CASCADE,

@@ -73,8 +73,8 @@ impl CodexExecutor {
     pub fn start_direct(url: &str, credentials: &Credentials, change: impl FnOnce(&mut Command)) -> Self {
         let home = Scratch::new();
         let remote = ["exec-server", "--remote", url, "--environment-id", &credentials.executor];
-        let direct = ["--remote-transport", "direct", "--aws-sigv4"];
-        let mut command = process(home.path(), &[&remote[..], &direct[..]].concat());
+        let mut command =
+            process(home.path(), &[&remote[..], &["--remote-transport", "direct", "--aws-sigv4"]].concat());
         command
             .env("AWS_ACCESS_KEY_ID", &credentials.executor)
             .env("AWS_SECRET_ACCESS_KEY", &credentials.token)

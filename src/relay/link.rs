@@ -458,13 +458,17 @@ impl Desk {
 
     /// Takes a message of the executor and hands out what comes of it.
     async fn message(&self, json: Bytes, link: &LinkHandle) {
-        if let Err(error) = self.session().from_socket(&json, Instant::now()) {
-            link.0.metrics.frames_dropped.inc();
-            tracing::debug!(executor = %link.executor(), %error, "message dropped");
-        }
+        let taken = self.session().from_socket(&json, Instant::now());
         self.hand_out(link).await;
-        // An answer makes room for the next request.
-        self.outgoing.notify_one();
+        match taken {
+            // An answer makes room for the next request; output, of which there is most, changes nothing.
+            Ok(true) => self.outgoing.notify_one(),
+            Ok(false) => {}
+            Err(error) => {
+                link.0.metrics.frames_dropped.inc();
+                tracing::debug!(executor = %link.executor(), %error, "message dropped");
+            }
+        }
     }
 
     async fn hand_out(&self, link: &LinkHandle) {

@@ -1,7 +1,7 @@
 //! One harness, the same work over five ways: (1) straight to `codex exec-server --listen`, (2) the same behind a plain
 //! proxy, (3) as the end of the encryption on a real executor's own link, (4) through the gateway over such a link, and
-//! (5) through the gateway over a link without encryption. The proxy is a loop that copies bytes
-//! between two TCP connections in the bench itself, which does less than nginx or haproxy.
+//! (5) through the gateway over a link without encryption. The proxy is a process
+//! that copies bytes between two TCP connections, which does less than nginx or haproxy.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 #[allow(dead_code, reason = "each bench uses a part")]
@@ -10,13 +10,20 @@ mod rig;
 #[path = "../support/mod.rs"]
 mod support;
 
+use std::net::SocketAddr;
+use std::process::Stdio;
+
 use exec_gateway::protocol::rest::{ConnectResponse, HarnessKey, SECURITY_PROFILE};
 use serde_json::{Value, json};
 use support::harness::{HarnessKeys, Tongue};
-use support::{CodexExecutor, Credentials, DaemonProcess, Harness, MIB, Proxy, Scratch};
+use support::{CodexExecutor, Credentials, DaemonProcess, Harness, MIB, Scratch};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::process::{Child, Command};
 use tokio_tungstenite::WebSocketStream;
+
+/// The argument with which the bench is its own proxy.
+const PROXY: &str = "proxy-to";
 
 const ROUNDS: usize = 9;
 const REQUESTS: usize = 300;
@@ -71,15 +78,23 @@ fn contains(json: &[u8], text: &[u8]) -> bool {
     json[..json.len().min(64)].windows(text.len()).any(|window| window == text)
 }
 
-#[tokio::main]
-async fn main() {
+fn main() {
+    let runtime = |mut builder: tokio::runtime::Builder| builder.enable_all().build().unwrap();
+    match std::env::args().skip_while(|argument| argument != PROXY).nth(1) {
+        // Like nginx with one worker.
+        Some(target) => runtime(tokio::runtime::Builder::new_current_thread()).block_on(serve_proxy(&target)),
+        None => runtime(tokio::runtime::Builder::new_multi_thread()).block_on(bench()),
+    }
+}
+
+async fn bench() {
     let mebibytes = rig::argument(256);
     let (_listener, url) = CodexExecutor::listening().await;
     let address = url.trim_start_matches("ws://").parse().unwrap();
     let straight = Harness::plain(rig::dial(address, &url).await, Tongue::Json);
-    let proxy = Proxy::to(address).await;
-    let url = format!("ws://{}/", proxy.address);
-    let proxied = Harness::plain(rig::dial(proxy.address, &url).await, Tongue::Json);
+    let (_proxy, proxy) = proxy(address).await;
+    let url = format!("ws://{proxy}/");
+    let proxied = Harness::plain(rig::dial(proxy, &url).await, Tongue::Json);
 
     let registry = Registry::start().await;
     // Codex refuses an answer in which its own credential occurs, be it as part of a name.
@@ -148,6 +163,26 @@ async fn main() {
         rig::ratio(&ways[4].p50, &ways[0].p50),
         rate(&ways[4], &ways[0])
     );
+}
+
+/// A process of its own that copies bytes to an address and back.
+async fn proxy(target: SocketAddr) -> (Child, SocketAddr) {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([PROXY, &target.to_string()]).stdout(Stdio::piped()).kill_on_drop(true);
+    let mut child = command.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).await.unwrap();
+    (child, line.trim().parse().unwrap())
+}
+
+async fn serve_proxy(target: &str) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    println!("{}", listener.local_addr().unwrap());
+    let (mut client, _) = listener.accept().await.unwrap();
+    let mut server = TcpStream::connect(target).await.unwrap();
+    client.set_nodelay(true).unwrap();
+    server.set_nodelay(true).unwrap();
+    let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
 }
 
 /// As much of a gateway as an executor needs to register and dial.

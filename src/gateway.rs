@@ -54,6 +54,9 @@ const SESSIONS_CLOSE: Duration = Duration::from_secs(5);
 /// How long links may take to say farewell.
 const LINKS_CLOSE: Duration = Duration::from_secs(5);
 
+/// How long those may take to be answered who connected last.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
 /// Why a gateway does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -120,6 +123,15 @@ impl Gateway {
     /// # Errors
     /// [`StartError`]; nothing is left behind but the state directory.
     pub async fn start(config: Config) -> Result<Self, StartError> {
+        Self::start_on(config, None).await
+    }
+
+    /// The same with the API on a listening socket that outlives this process, in place of those of `config.listen`:
+    /// whoever connects while no gateway runs is served by the next one.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_on(config: Config, held: Option<std::net::TcpListener>) -> Result<Self, StartError> {
         let state_dir = config.state_dir()?;
         let of_store = |source| StartError::Store { path: state_dir.clone(), source };
         let lock = lock(&state_dir).await.map_err(of_store)?;
@@ -151,10 +163,10 @@ impl Gateway {
         let sessions = sessions.await.map_err(of_store)?;
         let api = Arc::new(Api::new(config.clone(), corridor, workspaces, sessions, metrics.clone()));
 
-        let mut sockets = Vec::new();
-        for address in &config.listen {
-            sockets.push(bind(*address)?);
-        }
+        let sockets: Vec<TcpListener> = match held {
+            Some(held) => vec![adopt(held)?],
+            None => config.listen.iter().map(|address| bind(*address)).collect::<Result<_, _>>()?,
+        };
         let ops_socket = bind(config.ops_listen)?;
         let listen: Vec<SocketAddr> = sockets.iter().filter_map(|socket| socket.local_addr().ok()).collect();
         let ops = ops_socket.local_addr().unwrap_or(config.ops_listen);
@@ -274,6 +286,10 @@ impl Gateway {
         self.accepting.cancel();
         self.acceptors.close();
         self.acceptors.wait().await;
+        // Nobody else comes; who was accepted since the drain began is still owed an answer.
+        if timeout(LAST_ANSWERS, self.connections.wait()).await.is_err() {
+            tracing::debug!(connections = self.connections.len(), "connections are cut");
+        }
         self.background.cancel();
         if self.api.corridor.store.health().await.is_err() {
             tracing::error!("the store did not confirm its last writes");
@@ -304,6 +320,11 @@ fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
         socket.listen(BACKLOG)
     };
     listen().map_err(|source| StartError::Listen { address: address.to_string(), source })
+}
+
+fn adopt(held: std::net::TcpListener) -> Result<TcpListener, StartError> {
+    let adopted = held.set_nonblocking(true).and_then(|()| TcpListener::from_std(held));
+    adopted.map_err(|source| StartError::Listen { address: "the socket given by the service manager".into(), source })
 }
 
 /// Executors that were connected to the gateway before this one are on their way back.

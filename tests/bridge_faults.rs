@@ -387,6 +387,24 @@ async fn a_workspace_whose_handshakes_fail_waits_and_others_shake_hands() {
 }
 
 #[tokio::test]
+async fn of_many_broken_handshakes_at_once_few_reach_the_executor() {
+    let scene = Scene::start().await;
+    let mut broken = Vec::new();
+    scene.executor.on("handshake", Reply::Held);
+    for _ in 0..10 {
+        broken.push(scene.begin_broken_handshake(&scene.caller).await.unwrap());
+    }
+    eventually("two are under way", async || (scene.executor.asked("handshake") == 2).then_some(())).await;
+    scene.executor.on("handshake", Reply::Usual);
+    scene.executor.release();
+    for harness in &mut broken {
+        harness.farewell().await.expect("a farewell");
+    }
+    // Executors lock everybody out at the eighth.
+    assert!(scene.executor.asked("handshake") <= 3, "{}", scene.executor.asked("handshake"));
+}
+
+#[tokio::test]
 async fn a_handshake_that_fails_after_its_harness_has_left_counts() {
     let scene = Scene::start().await;
     scene.executor.on("handshake", Reply::Held);

@@ -1,10 +1,10 @@
 //! The stock harness on the stock executor, over each of its three ways to the gateway, while nothing happens, the
-//! gateway is killed, or the executor's socket is cut.
+//! gateway is killed or stopped, or the executor's socket is cut.
 
 use std::path::PathBuf;
 
 use crate::endure::Rig;
-use crate::support::{AppServer, Model, Proxy, Route, eventually};
+use crate::support::{AppServer, Model, Route, eventually};
 
 /// Prints a line, then waits for a file called `go`; not for ever, should its test be gone.
 const WAITING: &str =
@@ -16,28 +16,25 @@ struct Turn {
     harness: AppServer,
     model: Model,
     work: PathBuf,
-    _front: Proxy,
 }
 
 impl Turn {
     async fn begin(route: Route) -> Self {
-        let rig = Rig::start().await;
+        let rig = match route {
+            Route::File | Route::Url => Rig::start().await,
+            // It gives up for good when a closed port refuses it the way to its executor.
+            Route::Registry => Rig::on_held_socket().await,
+        };
         let work = rig.file("work");
         std::fs::create_dir(&work).unwrap();
         std::fs::write(work.join("note"), "written before\n").unwrap();
         let model = Model::ordering(&[&format!("{WAITING} cat note"), "cat runs note | wc -l"]).await;
-        let front = Proxy::holding(rig.address).await;
-        let gateway = match route {
-            Route::File | Route::Url => rig.address,
-            // It gives up at once when the way to the executor is refused by a closed port.
-            Route::Registry => front.address,
-        };
         let token = rig.caller.token.as_deref().unwrap();
-        let mut harness = AppServer::connected(route, gateway, &rig.credentials, token, &model).await;
+        let mut harness = AppServer::connected(route, rig.address, &rig.credentials, token, &model).await;
         harness.begin_turn(&work).await;
         harness.hears_of_the_command().await;
         eventually("the command runs", async || work.join("started").exists().then_some(())).await;
-        Self { rig, harness, model, work, _front: front }
+        Self { rig, harness, model, work }
     }
 
     /// Lets the command end: it ran once, and the model was told all that it printed.
@@ -61,6 +58,12 @@ async fn outlives_a_killed_gateway(route: Route) {
     turn.ends_well().await;
 }
 
+async fn outlives_a_stopped_gateway(route: Route) {
+    let mut turn = Turn::begin(route).await;
+    turn.rig.stop_and_restart().await;
+    turn.ends_well().await;
+}
+
 async fn outlives_a_cut_executor(route: Route) {
     let turn = Turn::begin(route).await;
     turn.rig.proxy.cut();
@@ -75,6 +78,11 @@ async fn a_harness_of_an_environments_file_runs_a_turn() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_harness_of_an_environments_file_goes_on_after_its_gateway_was_killed() {
     outlives_a_killed_gateway(Route::File).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_of_an_environments_file_goes_on_after_its_gateway_was_stopped() {
+    outlives_a_stopped_gateway(Route::File).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -93,6 +101,11 @@ async fn a_harness_of_a_url_goes_on_after_its_gateway_was_killed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_harness_of_a_url_goes_on_after_its_gateway_was_stopped() {
+    outlives_a_stopped_gateway(Route::Url).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_harness_of_a_url_goes_on_after_its_executor_was_cut_off() {
     outlives_a_cut_executor(Route::Url).await;
 }
@@ -105,6 +118,11 @@ async fn an_encrypted_harness_runs_a_turn() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_encrypted_harness_goes_on_after_its_gateway_was_killed() {
     outlives_a_killed_gateway(Route::Registry).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_encrypted_harness_goes_on_after_its_gateway_was_stopped() {
+    outlives_a_stopped_gateway(Route::Registry).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

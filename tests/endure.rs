@@ -1,7 +1,7 @@
 //! What process sessions endure on the real executor: lost links and executors, killed gateways, full disks, more output
 //! than there is room for, and that nothing of them is left when their time is over.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -25,6 +25,8 @@ use crate::support::{
 pub struct Rig {
     state: Scratch,
     pub address: SocketAddr,
+    /// The daemon's listening socket where it outlives the daemon.
+    held: Option<TcpListener>,
     daemon: Option<DaemonProcess>,
     pub caller: Caller,
     pub credentials: Credentials,
@@ -43,18 +45,41 @@ impl Rig {
     }
 
     async fn on(state: Scratch, arguments: &[&str]) -> Self {
-        let address = free_address();
-        let daemon = DaemonProcess::start(&state, address, arguments).await;
+        let daemon = DaemonProcess::start(&state, free_address(), arguments).await;
+        Self::of(state, None, daemon).await
+    }
+
+    /// On a listening socket that stays open while the daemon is away.
+    pub async fn on_held_socket() -> Self {
+        let (state, held) = (Scratch::new(), TcpListener::bind("127.0.0.1:0").unwrap());
+        let daemon = DaemonProcess::start_on(&state, &held).await;
+        Self::of(state, Some(held), daemon).await
+    }
+
+    async fn of(state: Scratch, held: Option<TcpListener>, daemon: DaemonProcess) -> Self {
+        let address = daemon.address;
         let (caller, credentials) = workspace(&state, &daemon).await;
         let proxy = Proxy::to(address).await;
         let url = format!("http://{}", proxy.address);
         let executor = CodexExecutor::connected(&url, &credentials, &caller, "box").await;
-        Self { state, address, daemon: Some(daemon), caller, credentials, proxy, executor }
+        Self { state, address, held, daemon: Some(daemon), caller, credentials, proxy, executor }
     }
 
     pub async fn kill_and_restart(&mut self) {
         self.daemon.take().unwrap().kill().await;
-        self.daemon = Some(DaemonProcess::start(&self.state, self.address, &[]).await);
+        self.restart().await;
+    }
+
+    pub async fn stop_and_restart(&mut self) {
+        assert_eq!(self.daemon.take().unwrap().terminate().await, Some(0));
+        self.restart().await;
+    }
+
+    async fn restart(&mut self) {
+        self.daemon = Some(match &self.held {
+            Some(held) => DaemonProcess::start_on(&self.state, held).await,
+            None => DaemonProcess::start(&self.state, self.address, &[]).await,
+        });
     }
 
     pub fn file(&self, name: &str) -> PathBuf {

@@ -11,7 +11,8 @@ use tokio::task::JoinHandle;
 
 use crate::support::gateway::Credentials;
 use crate::support::{
-    Answer, Caller, CodexExecutor, DaemonProcess, FakeExecutor, Marker, Scratch, TestGateway, Workbench, eventually,
+    Answer, Caller, CodexExecutor, DaemonProcess, FakeExecutor, Marker, Scratch, TestGateway, Wire, Workbench,
+    eventually,
 };
 
 /// Waits for a file called `go` after it has made one called `started`; not for ever, should its test be gone.
@@ -57,6 +58,23 @@ async fn after_a_crash_only_those_are_connected_who_are_there() {
 
     let caller = Caller::new(daemon.address, caller.token);
     assert!(caller.environments().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_connects_to_a_socket_that_outlives_the_gateway_is_answered_by_the_next_one() {
+    let (state, held) = (Scratch::new(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let mut early = Wire::connect(held.local_addr().unwrap()).await;
+    early.send("GET /healthz HTTP/1.1\r\nhost: gw\r\n\r\n").await;
+
+    let daemon = DaemonProcess::start_on(&state, &held).await;
+
+    assert_eq!(daemon.address, held.local_addr().unwrap(), "no other address is bound");
+    assert!(early.receive().await.starts_with("HTTP/1.1 200 "));
+    daemon.kill().await;
+    let mut late = Wire::connect(held.local_addr().unwrap()).await;
+    late.send("GET /healthz HTTP/1.1\r\nhost: gw\r\n\r\n").await;
+    let _daemon = DaemonProcess::start_on(&state, &held).await;
+    assert!(late.receive().await.starts_with("HTTP/1.1 200 "));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,12 +2,13 @@
 //! between its start and its shutdown is its own.
 
 use std::future::Future;
-use std::io::{IsTerminal, Write};
-use std::net::SocketAddr;
+use std::io::{self, IsTerminal, Write};
+use std::net::{SocketAddr, TcpListener};
 
 use anyhow::Context;
 use exec_gateway::config::{Config, LogFormat, LogLevel};
 use exec_gateway::gateway::Gateway;
+use listenfd::ListenFd;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::level_filters::LevelFilter;
@@ -21,20 +22,31 @@ use tracing_subscriber::prelude::*;
 pub fn run(config: Config) -> anyhow::Result<()> {
     start_logging(config.log_level, config.log_format);
     let open_files_max = raise_open_files();
+    let held = held_socket().context("the socket given by the service manager cannot be used")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
     runtime.block_on(async {
         // Listened to before the start, so that a signal in its midst drains instead of killing.
         let shutdown = shutdown_signal().context("signals cannot be listened to")?;
-        serve(config, open_files_max, shutdown).await
+        serve(config, held, open_files_max, shutdown).await
     })
 }
 
-async fn serve(config: Config, open_files_max: Option<u64>, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let gateway = Gateway::start(config).await?;
+async fn serve(
+    config: Config,
+    held: Option<TcpListener>,
+    open_files_max: Option<u64>,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let gateway = Gateway::start_on(config, held).await?;
     tracing::info!(open_files_max, "serving");
     announce_ready(gateway.listen(), gateway.ops());
     gateway.run_until(shutdown).await;
     Ok(())
+}
+
+/// The listening socket of a service manager that keeps it open over restarts (sd_listen_fds(3)): the first it gives.
+fn held_socket() -> io::Result<Option<TcpListener>> {
+    ListenFd::from_env().take_tcp_listener(0)
 }
 
 /// Tells whoever started the daemon that it serves, and on which ports. Not a log line: it is the same at any level

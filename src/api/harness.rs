@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::body::Incoming;
+use hyper::header::{CONNECTION, HeaderValue};
 use hyper::{Request, Response};
 use zeroize::Zeroizing;
 
@@ -103,7 +104,7 @@ pub async fn connect(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Re
     // For our door alone: the authorization is shown to the executor too, and tells nothing about the caller.
     let credential = api.corridor.auth.resume_names().seal_bearer(&registration.executor, bearer(&head.headers)?);
     let base = executor::websocket_base(api, &head.headers);
-    Ok(json(&ConnectResponse {
+    let mut answer = json(&ConnectResponse {
         environment_id: id.to_owned(),
         // All three consist of characters that need no escaping in a query.
         url: format!("{base}/bridge/{id}?token={authorization}&by={credential}"),
@@ -111,7 +112,11 @@ pub async fn connect(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Re
         executor_registration_id: registration.id.to_string(),
         executor_public_key,
         harness_key_authorization: authorization,
-    }))
+    });
+    // A harness asks again the moment its socket breaks, and gives up for good when the connection that it kept from the
+    // last time has broken as well.
+    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    Ok(answer)
 }
 
 fn public_key(registration: &Registration) -> Option<HarnessKey> {

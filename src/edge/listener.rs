@@ -18,7 +18,7 @@ use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Request, Response};
+use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
@@ -36,6 +36,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a client may take to read the last of an answer that has come to its end.
 const ENDING_GRACE: Duration = Duration::from_secs(3);
+
+/// How long an idle connection stays open once the gateway drains. Its client may be about to use it, and fails at one
+/// that closes at that moment: a harness does, whose socket was closed just before. Answers given meanwhile say that
+/// the connection ends with them.
+const IDLE_GRACE: Duration = Duration::from_secs(1);
 
 /// When an answer that goes on for long has to end, put among its extensions. Its body is not asked for anything while
 /// the client reads nothing, so it cannot see to that alone: its connection is closed shortly after, whoever reads.
@@ -111,12 +116,15 @@ where
         let activity = Arc::new(Activity::new(&self.settings));
         let service = {
             let activity = activity.clone();
-            let service = self.service.clone();
+            let (service, drain) = (self.service.clone(), self.drain.clone());
             service_fn(move |request| {
                 let busy = Busy::new(activity.clone());
-                let answer = service(request);
+                let (answer, drain) = (service(request), drain.clone());
                 async move {
                     let mut answer = answer.await;
+                    if drain.is_cancelled() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+                        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+                    }
                     if let Some(ending) = answer.extensions_mut().remove::<Ending>() {
                         // No other answer follows on the connection, so it may be cut when this one has to end.
                         answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -144,6 +152,7 @@ where
             self.drain.cancelled().await;
             // Likewise one that has been opened and has not yet said what it wants.
             activity.begun.cancelled().await;
+            tokio::time::sleep(IDLE_GRACE).await;
         };
         let mut drained = pin!(drained);
         let ended = async {

@@ -13,7 +13,7 @@ use dashmap::DashMap;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::Semaphore;
+use tokio::sync::{AcquireError, Semaphore};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
@@ -379,10 +379,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
     ) -> HarnessEnd {
         let (id, link) = (stream.id().clone(), stream.link().clone());
         let Self { sink, source, heard, outbox } = self;
-        let handshakes = link.handshakes().clone();
         let wait = Duration::from_secs(settings.handshake_timeout_secs);
-        let turn = timeout(wait, handshakes.acquire_owned()).await;
-        let Ok(Ok(turn)) = turn else { return HarnessEnd::Unreachable("too many handshakes with this executor") };
+        let turns = async {
+            // First that of the workspace: whoever waits for it takes no place of others.
+            let of_workspace = link.handshake_turns(workspace).acquire_owned().await?;
+            Ok::<_, AcquireError>((of_workspace, link.handshakes().clone().acquire_owned().await?))
+        };
+        let Ok(Ok(turn)) = timeout(wait, turns).await else {
+            return HarnessEnd::Unreachable("too many handshakes with this executor");
+        };
         if link.locks_out(workspace) {
             return HarnessEnd::Unreachable("too many encrypted handshakes with this executor have failed");
         }

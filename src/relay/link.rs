@@ -123,8 +123,8 @@ struct Shared {
     outbox: mpsc::Sender<Bytes>,
     routes: Mutex<Routes>,
     handshakes: Arc<Semaphore>,
-    /// Encrypted handshakes of harnesses that failed, by workspace. Bounded by the workspaces bound to the executor.
-    failed_handshakes: Mutex<HashMap<WorkspaceId, (u32, Instant)>>,
+    /// Encrypted handshakes of harnesses, by workspace. Bounded by the workspaces bound to the executor.
+    harness_handshakes: Mutex<HashMap<WorkspaceId, HarnessHandshakes>>,
     opened: Instant,
     /// Milliseconds from `opened` to the last byte of the executor.
     heard_ms: AtomicU64,
@@ -132,6 +132,21 @@ struct Shared {
     ping: Notify,
     stop: CancellationToken,
     stop_reason: OnceLock<CloseReason>,
+}
+
+/// The encrypted handshakes of one workspace's harnesses.
+#[derive(Debug)]
+struct HarnessHandshakes {
+    failed: u32,
+    last_failure: Instant,
+    turns: Arc<Semaphore>,
+}
+
+impl Default for HarnessHandshakes {
+    fn default() -> Self {
+        let turns = Arc::new(Semaphore::new(FAILED_HANDSHAKES_MAX as usize));
+        Self { failed: 0, last_failure: Instant::now(), turns }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -185,7 +200,7 @@ impl LinkHandle {
         let handle = Self(Arc::new(Shared {
             id: LinkId(NEXT.fetch_add(1, Ordering::Relaxed)),
             handshakes: Arc::new(Semaphore::new(settings.handshakes_pending_max)),
-            failed_handshakes: Mutex::default(),
+            harness_handshakes: Mutex::default(),
             registration,
             settings,
             metrics,
@@ -318,23 +333,34 @@ impl LinkHandle {
     /// Whether a workspace may not begin encrypted streams for now: an executor locks everybody out after some failed
     /// handshakes, whoever they are of (codex-exec-server.md §3.2).
     pub fn locks_out(&self, workspace: &WorkspaceId) -> bool {
-        let failures = self.failed_handshakes();
-        failures
+        let workspaces = self.harness_handshakes();
+        workspaces
             .get(workspace)
-            .is_some_and(|(count, last)| *count >= FAILED_HANDSHAKES_MAX && last.elapsed() < FAILED_HANDSHAKES_FOR)
+            .is_some_and(|of| of.failed >= FAILED_HANDSHAKES_MAX && of.last_failure.elapsed() < FAILED_HANDSHAKES_FOR)
     }
 
     /// Counts an encrypted handshake of this workspace that the executor refused.
     pub(super) fn handshake_failed(&self, workspace: &WorkspaceId) {
-        let mut failures = self.failed_handshakes();
-        failures.retain(|_, (_, last)| last.elapsed() < FAILED_HANDSHAKES_FOR);
-        let (count, last) = failures.entry(workspace.clone()).or_insert((0, Instant::now()));
-        *count += 1;
-        *last = Instant::now();
+        let mut workspaces = self.harness_handshakes();
+        let of = workspaces.entry(workspace.clone()).or_default();
+        if of.last_failure.elapsed() >= FAILED_HANDSHAKES_FOR {
+            of.failed = 0;
+        }
+        of.failed += 1;
+        of.last_failure = Instant::now();
     }
 
-    fn failed_handshakes(&self) -> MutexGuard<'_, HashMap<WorkspaceId, (u32, Instant)>> {
-        self.0.failed_handshakes.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Bounds the encrypted handshakes of one workspace's harnesses that are under way: of many begun at once only so
+    /// many can fail before the next is refused.
+    pub(super) fn handshake_turns(&self, workspace: &WorkspaceId) -> Arc<Semaphore> {
+        let mut workspaces = self.harness_handshakes();
+        workspaces
+            .retain(|_, of| of.last_failure.elapsed() < FAILED_HANDSHAKES_FOR || Arc::strong_count(&of.turns) > 1);
+        workspaces.entry(workspace.clone()).or_default().turns.clone()
+    }
+
+    fn harness_handshakes(&self) -> MutexGuard<'_, HashMap<WorkspaceId, HarnessHandshakes>> {
+        self.0.harness_handshakes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends every stream of a workspace that may reach the executor no more, here and at the executor, but for those
@@ -460,13 +486,17 @@ impl Desk {
 
     /// Takes a message of the executor and hands out what comes of it.
     async fn message(&self, json: Bytes, link: &LinkHandle) {
-        if let Err(error) = self.session().from_socket(&json, Instant::now()) {
-            link.0.metrics.frames_dropped.inc();
-            tracing::debug!(executor = %link.executor(), %error, "message dropped");
-        }
+        let taken = self.session().from_socket(&json, Instant::now());
         self.hand_out(link).await;
-        // An answer makes room for the next request.
-        self.outgoing.notify_one();
+        match taken {
+            // An answer makes room for the next request; output, of which there is most, changes nothing.
+            Ok(true) => self.outgoing.notify_one(),
+            Ok(false) => {}
+            Err(error) => {
+                link.0.metrics.frames_dropped.inc();
+                tracing::debug!(executor = %link.executor(), %error, "message dropped");
+            }
+        }
     }
 
     async fn hand_out(&self, link: &LinkHandle) {

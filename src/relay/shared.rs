@@ -28,8 +28,8 @@ use crate::protocol::frame::{Body, Data, Frame, StreamId};
 use crate::protocol::ids::WorkspaceId;
 use crate::protocol::rpc::{
     ALREADY_ATTACHED, ExecutorSessionId, FsClose, INITIALIZED, INTERNAL_ERROR, INVALID_PARAMS, INVALID_REQUEST,
-    Incoming, Initialize, METHOD_NOT_FOUND, Method, NOT_FOUND, ProcessTerminate, RequestId, RpcError, encode_error,
-    encode_response,
+    Incoming, Initialize, METHOD_NOT_FOUND, Method, NOT_FOUND, ProcessTerminate, RequestId, RpcError, RpcParseError,
+    encode_error, encode_response,
 };
 
 /// How long executors keep the processes of a session that is attached to nothing (codex-exec-server.md §7.1).
@@ -740,29 +740,29 @@ impl Shared {
         Some(mac)
     }
 
-    /// Takes a message of the executor.
+    /// Takes a message of the executor; whether there may be something to write, or another deadline, because of it.
     ///
     /// # Errors
-    /// It is no message; the socket lives on.
-    pub fn from_socket(&mut self, json: &Bytes, now: Instant) -> Result<(), crate::protocol::rpc::RpcParseError> {
+    /// [`RpcParseError`]: it is no message. The socket lives on.
+    pub fn from_socket(&mut self, json: &Bytes, now: Instant) -> Result<bool, RpcParseError> {
         // Most of what comes, and the largest: neither is read beyond the name or the number at its beginning.
         if let Some(tag) = json.strip_prefix(OUTPUT_HEAD).and_then(Tag::parse)
             && let Some(stream) = self.sessions.get(&tag).and_then(|session| session.stream.clone())
         {
             let cut = OUTPUT_HEAD.len()..OUTPUT_HEAD.len() + TAG_BYTES;
             self.deliver(&stream, edited(json, &[(cut, String::new())]).into(), now);
-            return Ok(());
+            return Ok(false);
         }
         if let Some((number, result)) = split_answer(json)
             && let Some(InFlight { kind: Kind::Other | Kind::Write { .. }, .. }) = self.in_flight.get(&number)
         {
-            let Some(request) = self.answered(number, now) else { return Ok(()) };
+            let Some(request) = self.answered(number, now) else { return Ok(false) };
             if let Some(stream) = self.owner(&request) {
                 let id = serde_json::to_vec(&request.id).expect("numbers and texts become JSON");
                 let answer = [ANSWER_HEAD, &id, &json[result..]].concat();
                 self.deliver(&stream, answer.into(), now);
             }
-            return Ok(());
+            return Ok(true);
         }
         match Incoming::parse(json)? {
             Incoming::Response { id, result } => self.response(&id, Ok(result), now),
@@ -770,7 +770,7 @@ impl Shared {
             Incoming::Notification { method, params } => self.notification(&method, params, json, now),
             Incoming::Request { id, method, params } => self.executor_asks(id, &method, params, json, now),
         }
-        Ok(())
+        Ok(true)
     }
 
     fn answered(&mut self, number: i64, now: Instant) -> Option<InFlight> {

@@ -8,8 +8,6 @@ mod rig;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::process::Stdio;
-
 use exec_gateway::protocol::path::FileUri;
 use exec_gateway::protocol::rpc::{
     EnvInherit, EnvPolicy, FsClose, FsGetMetadata, FsOpen, FsReadBlock, INITIALIZED, Incoming, Initialize, Method,
@@ -17,10 +15,8 @@ use exec_gateway::protocol::rpc::{
 };
 use futures_util::{SinkExt, StreamExt};
 use serde_json::json;
-use support::{CodexExecutor, MIB, Scratch, TestGateway};
-use tokio::io::{AsyncBufReadExt, BufReader};
+use support::{CodexExecutor, MIB, TestGateway};
 use tokio::net::TcpStream;
-use tokio::process::{Child, Command};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
@@ -94,34 +90,16 @@ fn print() -> [String; 3] {
 
 /// A plain listener and the one client it has.
 struct Straight {
-    listener: Child,
-    _home: Scratch,
+    _listener: CodexExecutor,
     socket: WebSocketStream<TcpStream>,
     next: i64,
 }
 
 impl Straight {
     async fn start() -> Self {
-        let home = Scratch::new();
-        let mut listener = Command::new(support::codex::program())
-            .args(["exec-server", "--listen", "ws://127.0.0.1:0"])
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("HOME", home.path())
-            .env("CODEX_HOME", home.path())
-            .current_dir(home.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(listener.stdout.take().unwrap()).lines();
-        let url = lines.next_line().await.unwrap().expect("the listener tells its URL");
-        let stream = TcpStream::connect(url.trim_start_matches("ws://")).await.unwrap();
-        stream.set_nodelay(true).unwrap();
-        let (socket, _) = tokio_tungstenite::client_async(&url, stream).await.unwrap();
-        let mut straight = Self { listener, _home: home, socket, next: 0 };
+        let (listener, url) = CodexExecutor::listening().await;
+        let socket = rig::dial(url.trim_start_matches("ws://").parse().unwrap(), &url).await;
+        let mut straight = Self { _listener: listener, socket, next: 0 };
         straight.call(&Initialize { client_name: "bench".into(), resume_session_id: None }).await;
         straight.send(encode_notification(INITIALIZED, &json!({}))).await;
         straight
@@ -194,14 +172,5 @@ impl Straight {
             }
         }
         assert_eq!(printed.len(), PRINTED);
-    }
-}
-
-impl Drop for Straight {
-    fn drop(&mut self) {
-        // Launcher and listener.
-        if let Some(pid) = self.listener.id() {
-            let _ = std::process::Command::new("kill").args(["-KILL", "--", &format!("-{pid}")]).status();
-        }
     }
 }

@@ -1,6 +1,7 @@
 //! A gateway for one test: inside the test's process, or as the real daemon where a test stops and starts it.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
 use std::process::Stdio;
 use std::sync::Arc;
 
@@ -99,11 +100,24 @@ pub struct DaemonProcess {
 impl DaemonProcess {
     /// Starts the daemon on this state and waits for its ready line. Port 0 lets the system choose.
     pub async fn start(state: &Scratch, listen: SocketAddr, arguments: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_exec-gateway"))
-            .arg("serve")
-            .args(["--state-dir", state.path().to_str().unwrap(), "--listen", &listen.to_string()])
-            .args(["--ops-listen", "127.0.0.1:0"])
-            .args(arguments)
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exec-gateway"));
+        command.args(["serve", "--listen", &listen.to_string()]).args(arguments);
+        Self::ready(command, state).await
+    }
+
+    /// The same on a listening socket that outlives the daemon, as service managers hand it over.
+    pub async fn start_on(state: &Scratch, held: &TcpListener) -> Self {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" serve \"$@\" 3<&0 </dev/null"])
+            .arg(env!("CARGO_BIN_EXE_exec-gateway"))
+            .stdin(OwnedFd::from(held.try_clone().unwrap()));
+        Self::ready(command, state).await
+    }
+
+    async fn ready(mut command: Command, state: &Scratch) -> Self {
+        let mut child = command
+            .args(["--state-dir", state.path().to_str().unwrap(), "--ops-listen", "127.0.0.1:0"])
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()

@@ -1,6 +1,6 @@
 //! A harness of any kind on the gateway's bridge: plain JSON-RPC, plain relay frames, or encrypted ones.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -44,6 +44,7 @@ pub struct Harness {
     receiving: Endpoint,
     next_id: i64,
     heard: VecDeque<Value>,
+    resumed: bool,
 }
 
 enum Coding {
@@ -153,7 +154,16 @@ impl Harness {
 
     fn on(socket: WebSocketStream<TcpStream>, stream: StreamId, coding: Coding) -> Self {
         let endpoint = || Endpoint::new(EndpointLimits::default());
-        Self { socket, stream, coding, sending: endpoint(), receiving: endpoint(), next_id: 0, heard: VecDeque::new() }
+        Self {
+            socket,
+            stream,
+            coding,
+            sending: endpoint(),
+            receiving: endpoint(),
+            next_id: 0,
+            heard: VecDeque::new(),
+            resumed: false,
+        }
     }
 
     /// The same, initialized in a new executor session; gives the session's name.
@@ -165,6 +175,7 @@ impl Harness {
 
     /// Initializes a session, or resumes one; gives its name.
     pub async fn initialize(&mut self, resume: Option<&str>) -> Result<String, Value> {
+        self.resumed = resume.is_some();
         let result = self.call("initialize", json!({ "clientName": "test", "resumeSessionId": resume })).await?;
         self.say(&json!({ "method": "initialized", "params": {} })).await;
         Ok(result["sessionId"].as_str().unwrap_or_default().to_owned())
@@ -225,22 +236,26 @@ impl Harness {
 
     /// The next JSON-RPC message.
     pub async fn hear(&mut self) -> Result<Value, Farewell> {
+        Ok(serde_json::from_slice(&self.hear_bytes().await?).unwrap())
+    }
+
+    /// The next JSON-RPC message as it stands on the wire.
+    pub async fn hear_bytes(&mut self) -> Result<Bytes, Farewell> {
         loop {
             if let Coding::Records(_, reader) = &mut self.coding
                 && let Some(message) = reader.next().unwrap()
             {
-                return Ok(serde_json::from_slice(&message).unwrap());
+                return Ok(message);
             }
             if let Some(payload) = self.receiving.next() {
                 match &mut self.coding {
                     Coding::Records(channel, reader) => reader.push(channel.open(&payload).unwrap()),
-                    _ => return Ok(serde_json::from_slice(&payload).unwrap()),
+                    _ => return Ok(payload),
                 }
                 continue;
             }
             if let Coding::Json = self.coding {
-                let text = self.word().await?;
-                return Ok(serde_json::from_slice(&text).unwrap());
+                return self.word().await;
             }
             match self.frame().await? {
                 Body::Data(data) => self.receiving.receive(data).unwrap(),
@@ -283,9 +298,11 @@ impl Harness {
         assert_eq!(written["status"], "accepted", "{written}");
     }
 
-    /// What a process printed and its exit code, from its notifications.
+    /// What a process printed and its exit code, from its notifications; they come almost in the order of their numbers.
+    /// In a resumed session those that come here, whatever came elsewhere.
     pub async fn finished(&mut self, process: &str) -> (Vec<u8>, i64) {
-        let (mut printed, mut code) = (Vec::new(), None);
+        let (mut events, mut last) = (BTreeMap::new(), None);
+        let mut code = None;
         loop {
             let message = match self.heard.pop_front() {
                 Some(message) => message,
@@ -293,18 +310,19 @@ impl Harness {
             };
             let params = &message["params"];
             assert_eq!(params["processId"], process, "of nobody else: {message}");
+            let (seq, mut printed) = (params["seq"].as_u64().unwrap(), Vec::new());
             match message["method"].as_str().unwrap() {
-                "process/output" => printed.push((
-                    params["seq"].as_u64().unwrap(),
-                    STANDARD.decode(params["chunk"].as_str().unwrap()).unwrap(),
-                )),
+                "process/output" => printed = STANDARD.decode(params["chunk"].as_str().unwrap()).unwrap(),
                 "process/exited" => code = params["exitCode"].as_i64(),
-                "process/closed" => {
-                    printed.sort();
-                    let bytes = printed.into_iter().flat_map(|(_, bytes)| bytes).collect();
-                    return (bytes, code.expect("an exit before the end"));
-                }
+                "process/closed" => last = Some(seq),
                 other => panic!("{other}"),
+            }
+            events.insert(seq, printed);
+            let first = if self.resumed { *events.keys().next().unwrap() } else { 1 };
+            if let (Some(last), Some(code)) = (last, code)
+                && events.len() as u64 == last - first + 1
+            {
+                return (events.into_values().flatten().collect(), code);
             }
         }
     }

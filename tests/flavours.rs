@@ -8,17 +8,15 @@ use base64::engine::general_purpose::STANDARD;
 use exec_gateway::admin::Request;
 use exec_gateway::config::Secret;
 use exec_gateway::ops::metrics::OutcomeLabel;
-use exec_gateway::protocol::frame::Body;
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, WorkspaceId};
 use serde_json::json;
 
 use crate::restart::{free_address, workspace};
 use crate::sessions::start;
 use crate::support::adapter::Make;
-use crate::support::harness::{self, HarnessKeys};
 use crate::support::{
-    Adapter, Answer, Caller, CodexExecutor, Credentials, DaemonProcess, Harness, MIB, Marker, Proxy, Scratch, Signer,
-    TestGateway, Tongue, eventually, noise,
+    Adapter, Answer, Caller, CodexExecutor, Credentials, DaemonProcess, MIB, Marker, Proxy, Scratch, Signer,
+    TestGateway, eventually, noise,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,29 +115,6 @@ async fn commands_files_and_sessions_work_on_every_flavour() {
         assert_eq!(session.post("terminate", json!({})).await.status, 200);
         assert_eq!(session.read_all().await.last["exit_code"], 137, "{flavour:?}");
         marker.is_on(0).await;
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn plain_harnesses_work_on_every_flavour_and_encrypted_ones_are_told_that_they_cannot() {
-    for flavour in ALL {
-        let scene = Scene::start(flavour).await;
-        let executor = &scene.credentials.executor;
-        let key = json!({ "harness_public_key": HarnessKeys::new().public() });
-        let answer = scene.caller.post(&format!("/cloud/environment/{executor}/connect"), key).await;
-        assert_eq!((answer.status.as_u16(), answer.code().as_str()), (409, "not_encrypted"), "{flavour:?}");
-        let socket = harness::dial(&scene.caller, &format!("/bridge/{executor}")).await.unwrap();
-        let mut encrypted = Harness::plain(socket, Tongue::Frames);
-        encrypted.send_body(Body::Handshake { payload: vec![7; 3600].into() }).await;
-        let farewell = encrypted.farewell().await.expect("a farewell");
-        let told = (u16::from(farewell.code), &*farewell.reason);
-        assert_eq!(told, (1002, "this executor is connected without encryption"), "{flavour:?}");
-
-        for tongue in [Tongue::Json, Tongue::Frames] {
-            let (mut plain, _) = Harness::initialized(&scene.caller, executor, tongue).await;
-            let ran = plain.run("p1", "echo hello; exit 3").await;
-            assert_eq!(ran, ("hello\n".into(), 3), "{flavour:?} {tongue:?}");
-        }
     }
 }
 

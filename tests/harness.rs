@@ -11,21 +11,6 @@ use crate::support::{Harness, MIB, Tongue, Workbench, eventually};
 pub const TONGUES: [Tongue; 3] = [Tongue::Json, Tongue::Frames, Tongue::Encrypted];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_kind_of_harness_runs_commands_and_reads_files() {
-    let bench = Workbench::start().await;
-    std::fs::write(bench.file("note"), "written before").unwrap();
-    for tongue in TONGUES {
-        let (mut harness, _) = Harness::initialized(&bench.caller, &bench.credentials.executor, tongue).await;
-        assert_eq!(harness.run("p1", "echo hello; exit 3").await, ("hello\n".into(), 3), "{tongue:?}");
-        let path = format!("file://{}", bench.file("note").display());
-        let read = harness.call("fs/readFile", json!({ "path": path })).await.unwrap();
-        assert_eq!(read["dataBase64"], "d3JpdHRlbiBiZWZvcmU=", "{tongue:?}");
-        let refused = harness.call("fs/readFile", json!({ "path": "file:///nope" })).await.unwrap_err();
-        assert_eq!(refused["code"], -32004);
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_plain_harness_resumes_its_session_on_another_socket() {
     let bench = Workbench::start().await;
     let executor = &bench.credentials.executor;

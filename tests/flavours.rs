@@ -15,8 +15,8 @@ use crate::restart::{free_address, workspace};
 use crate::sessions::start;
 use crate::support::adapter::Make;
 use crate::support::{
-    Adapter, Answer, Caller, CodexExecutor, Credentials, DaemonProcess, MIB, Marker, Proxy, Scratch, Signer,
-    TestGateway, eventually, noise,
+    Adapter, Answer, Caller, CodexExecutor, Credentials, DaemonProcess, Harness, MIB, Marker, Proxy, Scratch, Signer,
+    TestGateway, Tongue, eventually, noise,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -350,4 +350,19 @@ async fn a_process_that_does_not_read_stops_its_own_stdin_and_nobody_else() {
     assert_eq!(stalled, 1, "the socket was given up once");
     assert_eq!(session.post("terminate", json!({})).await.status, 200);
     assert_eq!(session.read_all().await.last["exit_code"], 137);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_an_executor_cannot_read_hold_up_nobody() {
+    for flavour in [Flavour::Direct, Flavour::Agentx] {
+        let scene = Scene::start(flavour).await;
+        let (mut harness, _) = Harness::initialized(&scene.caller, &scene.credentials.executor, Tongue::Json).await;
+        for unreadable in [r#""\ud800""#, "1e999"].repeat(50) {
+            let params = format!(r#"{{"processId":{unreadable}}}"#);
+            harness.say_text(&format!(r#"{{"id":1,"method":"process/read","params":{params}}}"#)).await;
+            assert_eq!(harness.hear().await.unwrap()["error"]["code"], -32600, "{flavour:?}");
+        }
+        let result = scene.neighbour().await.shell("box", json!({ "command": "echo quick" })).await;
+        assert_eq!(result["stdout"], "quick\n", "{flavour:?}");
+    }
 }

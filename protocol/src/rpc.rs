@@ -8,7 +8,7 @@ use std::fmt;
 use base64::Engine as _;
 use base64::display::Base64Display;
 use base64::engine::general_purpose::STANDARD;
-use serde::de::{DeserializeOwned, Visitor};
+use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
@@ -189,6 +189,70 @@ impl<'a> Incoming<'a> {
             (None, Some(id), None, Some(error)) => Ok(Self::Error { id, error }),
             _ => Err(RpcParseError::Shape),
         }
+    }
+}
+
+/// Whether a message can be read to the bottom. [`Incoming::parse`] leaves parameters and unknown members unread, and
+/// with them half of a surrogate pair, a number past all bounds, bytes that are no UTF-8 or a nesting too deep: who
+/// reads all of it, as executors do, refuses the message without learning its id.
+///
+/// # Errors
+/// [`RpcParseError::Unreadable`] names the place.
+pub fn check(json: &[u8]) -> Result<(), RpcParseError> {
+    match serde_json::from_slice(json) {
+        Ok(Checked) => Ok(()),
+        Err(error) => Err(RpcParseError::Unreadable { line: error.line(), column: error.column() }),
+    }
+}
+
+/// Any JSON, read as [`serde_json::Value`] is, and not kept.
+struct Checked;
+
+impl<'de> Deserialize<'de> for Checked {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Self)
+    }
+}
+
+impl<'de> Visitor<'de> for Checked {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self, A::Error> {
+        while let Some(Self) = seq.next_element()? {}
+        Ok(self)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self, A::Error> {
+        while let Some((Self, Self)) = map.next_entry()? {}
+        Ok(self)
     }
 }
 

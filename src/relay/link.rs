@@ -816,4 +816,32 @@ mod tests {
         drop((spared, other));
         assert_eq!(link.streams(), 0);
     }
+
+    #[tokio::test]
+    async fn who_floods_a_link_lets_a_neighbour_pass_within_an_outbox_and_a_batch() {
+        let (link, mut outbox) = link_with(config::Link::default());
+        let flood = Bytes::from(vec![b'f'; 200 * 1024]);
+        for _ in 0..3 {
+            let (link, flood) = (link.clone(), flood.clone());
+            tokio::spawn(async move { while link.send(flood.clone()).await.is_ok() {} });
+        }
+        while link.0.outbox.capacity() > 0 {
+            tokio::task::yield_now().await;
+        }
+        let neighbour = link.clone();
+        tokio::spawn(async move { neighbour.send(Bytes::from_static(b"small")).await });
+        tokio::task::yield_now().await;
+
+        // As the link writes: so many at once, and the senders fill what became free.
+        let mut before = 0;
+        while let Some(frame) = outbox.recv().await
+            && frame != "small"
+        {
+            before += 1;
+            assert!(before <= link.settings().outbox_frames_max + WRITE_BATCH + 3, "{before} frames went before");
+            if before % WRITE_BATCH == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
 }

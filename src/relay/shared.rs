@@ -29,7 +29,7 @@ use crate::protocol::ids::WorkspaceId;
 use crate::protocol::rpc::{
     ALREADY_ATTACHED, ExecutorSessionId, FsClose, INITIALIZED, INTERNAL_ERROR, INVALID_PARAMS, INVALID_REQUEST,
     Incoming, Initialize, METHOD_NOT_FOUND, Method, NOT_FOUND, ProcessTerminate, RequestId, RpcError, RpcParseError,
-    encode_error, encode_response,
+    check, encode_error, encode_response,
 };
 
 /// How long executors keep the processes of a session that is attached to nothing (codex-exec-server.md §7.1).
@@ -479,7 +479,9 @@ impl Shared {
     }
 
     fn message(&mut self, stream: &StreamId, json: &[u8], now: Instant) {
-        match Incoming::parse(json) {
+        // To the bottom: what the executor cannot read it answers without an id, and that request would be under way
+        // for ever.
+        match check(json).and_then(|()| Incoming::parse(json)) {
             // As executors answer what they cannot read (§5).
             Err(error) => {
                 self.refuse(stream, &RequestId::Number(-1), Refusal(INVALID_REQUEST, error.to_string().into()), now)
@@ -1053,7 +1055,7 @@ fn is_text(value: &RawValue) -> bool {
 }
 
 fn text(value: &RawValue) -> String {
-    serde_json::from_str(value.get()).expect("callers have looked at the quote")
+    serde_json::from_str(value.get()).expect("callers have looked at the quote, and messages of streams are checked")
 }
 
 /// Puts the tag before a name.
@@ -1065,7 +1067,9 @@ fn prefix(params: &RawValue, name: &RawValue, tag: Tag) -> (Range<usize>, String
 /// A name that came back, without its tag. Tags consist of what is never escaped.
 fn split_name(name: &RawValue) -> Option<(Tag, String)> {
     let tag = Tag::parse(&name.get().as_bytes()[1..])?;
-    Some((tag, text(name)[TAG_BYTES..].to_owned()))
+    // Executors are not checked: a name that cannot be read is nobody's.
+    let name: String = serde_json::from_str(name.get()).ok()?;
+    Some((tag, name[TAG_BYTES..].to_owned()))
 }
 
 fn edited(json: &[u8], edits: &[(Range<usize>, String)]) -> Vec<u8> {

@@ -16,6 +16,9 @@ use crate::protocol::frame::{Body, Data, Frame, StreamId};
 use crate::protocol::ids::WorkspaceId;
 use crate::protocol::rpc::ExecutorSessionId;
 
+#[path = "../../protocol/fuzz/feed.rs"]
+mod feeding;
+
 const LIMITS: Limits =
     Limits { in_flight_max: 4, sessions_max: 8, message_bytes_max: 64 * 1024, frame_bytes_max: 4096 };
 
@@ -586,6 +589,81 @@ fn large_answers_are_cut_into_frames() {
     let content = "x".repeat(3 * LIMITS.frame_bytes_max + 7);
     rig.executor_bytes(format!(r#"{{"id":{},"result":{{"dataBase64":"{content}"}}}}"#, sent["id"]));
     assert_eq!(rig.hear("a"), [json!({ "id": "1", "result": { "dataBase64": content } })]);
+}
+
+#[test]
+fn what_an_executor_could_not_read_never_reaches_it() {
+    let mut rig = Rig::new();
+    rig.session("a", "w");
+    let deep = "[".repeat(200) + &"]".repeat(200);
+    for unreadable in [r#""\ud800""#, "1e999", &deep, "\"\u{1}\""] {
+        for method in ["process/read", "fs/close", "environment/status"] {
+            let params = format!(r#"{{"processId":{unreadable},"handleId":{unreadable}}}"#);
+            rig.say_bytes("a", format!(r#"{{"id":7,"method":"{method}","params":{params}}}"#).as_bytes());
+            assert_eq!(rig.socket(), Vec::<Value>::new(), "{unreadable}");
+            let heard = rig.hear("a");
+            assert_eq!((heard.len(), code(&heard[0]), &heard[0]["id"]), (1, -32600, &json!(-1)), "{unreadable}");
+        }
+    }
+    let sent = rig.ask("a", "1", "process/start", start("p")).remove(0);
+    let tag = sent["params"]["processId"].as_str().unwrap().trim_end_matches('p').to_owned();
+    rig.executor_bytes(format!(r#"{{"method":"process/exited","params":{{"processId":"{tag}\ud800"}}}}"#));
+    assert_eq!(rig.hear("a"), Vec::<Value>::new(), "a name that cannot be read is nobody's");
+}
+
+/// Each line is what the caller says, or after an `x` the executor; `@` stands for what is before the caller's names.
+#[test]
+fn whatever_a_caller_and_the_executor_say_a_neighbour_is_served() {
+    let corpus = [
+        r#"{"id":1,"method":"process/start","params":{"processId":"q","argv":["x"],"cwd":"file:///","env":{}}}
+x{"id":3,"result":{"processId":"@q"}}
+x{"method":"process/output","params":{"processId":"@q","seq":1,"stream":"stdout","chunk":"YQ=="}}
+x{"method":"process/closed","params":{"processId":"@q","seq":2}}"#,
+        r#"{"id":"1","method":"fs/open","params":{"handleId":"h","path":"file:///f"}}
+x{"id":3,"error":{"code":-1,"message":"@h"}}
+{"id":2,"method":"fs/readBlock","params":{"handleId":"\ud83d\ude00"}}"#,
+        r#"{"id":4,"method":"process/write","params":{"processId":"\u0070","chunk":"YQ==","writeId":"w"}}
+{"id":5,"method":"process/read","params":{"processId":"p","waitMs":60000,"afterSeq":1.5e300}}"#,
+        r#"{"id":6,"method":"fs/watchMissing","params":{"watchId":1}}
+x{"method":"fs/appeared","params":{"watchId":1}}
+{"id":7,"method":"http/request","params":{"requestId":"r"}}
+x{"method":"http/request/bodyDelta","params":{"requestId":"@r"}}"#,
+        r#"x{"id":9,"method":"process/ask","params":{"processId":"@p"}}
+{"id":9,"result":{"deep":[[[{}]]]}}"#,
+    ];
+    feeding::feed(corpus.map(|text| text.as_bytes().to_vec()).into(), 2_000, |input| {
+        let mut rig = Rig::new();
+        let [ours, theirs] = ["a", "b"].map(|stream| {
+            rig.session(stream, stream);
+            let sent = rig.ask(stream, "1", "process/start", start("p")).remove(0);
+            rig.executor(&json!({ "id": sent["id"], "result": {} }));
+            assert_eq!(rig.hear(stream).len(), 1);
+            sent["params"]["processId"].as_str().unwrap().trim_end_matches('p').to_owned()
+        });
+        for line in input.split(|byte| *byte == b'\n') {
+            match line.strip_prefix(b"x") {
+                Some(said) => {
+                    let cut: Vec<&[u8]> = said.split(|byte| *byte == b'@').collect();
+                    let _ = rig.shared.from_socket(&cut.join(ours.as_bytes()).into(), rig.now);
+                }
+                None => rig.say_bytes("a", line),
+            }
+            while let Some(frame) = rig.shared.next_for_streams() {
+                assert!(frame.stream_id == id("a"), "what concerns one caller is told to that one: {frame:?}");
+                if let Body::Reset { .. } = frame.body {
+                    rig.ends.remove("a");
+                }
+            }
+            // Reads each to the bottom, as executors do, and answers.
+            for sent in rig.socket() {
+                let name = sent["params"]["processId"].as_str().unwrap_or_default();
+                assert!(!name.starts_with(&theirs), "{sent}");
+                rig.executor(&json!({ "id": sent["id"], "error": { "code": -1, "message": "no" } }));
+            }
+        }
+        rig.hear("");
+        assert_eq!(rig.ask("b", "2", "environment/status", json!({})).len(), 1);
+    });
 }
 
 /// What a caller, the executor, or time does next. Numbers choose among what there is.

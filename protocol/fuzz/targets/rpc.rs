@@ -9,6 +9,12 @@ pub fn run(input: &[u8]) {
         assert_eq!(FileUri::parse(uri.as_str()), Ok(uri.clone()));
         drop(uri.to_native());
     }
+    let whole = serde_json::from_slice::<serde_json::Value>(input);
+    assert_eq!(
+        rpc::check(input).is_ok(),
+        whole.is_ok(),
+        "what is checked can be read as a value, and nothing else can"
+    );
     let Ok(message) = Incoming::parse(input) else { return };
     let written = match &message {
         Incoming::Response { id, result } => rpc::encode_response(id, result),

@@ -44,10 +44,7 @@ async fn admit(api: &Arc<Api>, token: Zeroizing<String>, id: &str) -> Result<Adm
     let (workspace, binding) = reach(api, &principal, id).await?;
     let caller = principal.clone();
     let refused = Box::pin(async move {
-        tokio::select! {
-            _ = revocations.end_of(&token) => {}
-            () = caller.expired() => {}
-        }
+        revocations.end_of_right(&token, &caller).await;
     });
     Ok(Admitted { principal, workspace, binding, refused })
 }
@@ -68,7 +65,7 @@ fn refused(error: AuthError) -> ApiError {
 async fn reach(api: &Api, principal: &Principal, id: &str) -> Result<(Arc<Workspace>, Binding), ApiError> {
     let foreign = || ApiError::new(403, "forbidden", "exe_id not in workspace");
     if principal.scopes().read_only {
-        return Err(ApiError::new(403, "forbidden", "the token may only read"));
+        return Err(super::read_only());
     }
     let executor = ExecutorId::new(id).map_err(|_| foreign())?;
     let workspace = api.workspaces.get(principal);
@@ -133,12 +130,11 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
     upgrade::check(request.headers())?;
     api.refuse_while_draining()?;
     let SocketCredential { token, protocol } = credential::of_socket(&request).map_err(refused)?;
-    let (token, handshake) = match token.starts_with("h1.") {
-        true => {
-            let (bearer, claims) = handshake(api, &token, id, request.uri().query()).map_err(refused)?;
-            (bearer, Some(claims))
-        }
-        false => (token, None),
+    let (token, handshake) = if token.starts_with("h1.") {
+        let (bearer, claims) = handshake(api, &token, id, request.uri().query()).map_err(refused)?;
+        (bearer, Some(claims))
+    } else {
+        (token, None)
     };
     let admitted = admit(api, token, id).await?;
     if handshake.as_ref().is_some_and(|claims| claims.workspace != *admitted.workspace.id()) {

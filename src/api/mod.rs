@@ -213,6 +213,10 @@ fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
     response
 }
 
+fn read_only() -> ApiError {
+    ApiError::new(403, "forbidden", "the token may only read")
+}
+
 /// A JSON answer ends with a newline, as the original's do.
 fn json_line(value: &impl Serialize) -> Vec<u8> {
     json_line_in(Vec::new(), value)

@@ -20,7 +20,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::error::ApiError;
 use super::rest::{caller, field_error};
-use super::{Api, json as json_answer, json_bytes, json_line_in, query_parameter};
+use super::{Api, json as json_answer, json_bytes, json_line_in, query_parameter, read_only};
+use crate::auth::Principal;
 use crate::edge::body::{self, Body};
 use crate::journal::{JournalError, Lost, Page, Record};
 use crate::session::{EndSignal, Session, StdinMode, WriteOrder};
@@ -38,19 +39,23 @@ const CHUNK_HEAD_BYTES: usize = 96;
 const GRACE_MAX: Duration = Duration::from_secs(20);
 
 async fn session(api: &Api, id: &str, request: &Request<Incoming>) -> Result<Arc<Session>, ApiError> {
+    Ok(session_of_caller(api, id, request).await?.1)
+}
+
+async fn session_of_caller(
+    api: &Api,
+    id: &str,
+    request: &Request<Incoming>,
+) -> Result<(Principal, Arc<Session>), ApiError> {
     let principal = caller(api, request).await?;
-    Ok(api.sessions.get(principal.workspace(), id)?)
+    let session = api.sessions.get(principal.workspace(), id)?;
+    Ok((principal, session))
 }
 
 /// The session, for somebody who may do more than look.
 async fn changed_session(api: &Api, id: &str, request: &Request<Incoming>) -> Result<Arc<Session>, ApiError> {
-    let principal = caller(api, request).await?;
-    let session = api.sessions.get(principal.workspace(), id)?;
+    let (principal, session) = session_of_caller(api, id, request).await?;
     if principal.scopes().read_only { Err(read_only()) } else { Ok(session) }
-}
-
-fn read_only() -> ApiError {
-    ApiError::new(403, "forbidden", "the token may only read")
 }
 
 fn bad_request(message: impl Into<String>) -> ApiError {

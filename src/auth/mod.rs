@@ -287,6 +287,15 @@ pub struct Revocations {
 }
 
 impl Revocations {
+    /// As [`Self::end_of`], and also once the credential of this principal has come to its end by itself.
+    pub async fn end_of_right(self, bearer: &str, principal: &Principal) -> AuthError {
+        tokio::select! {
+            biased;
+            refused = self.end_of(bearer) => refused,
+            () = principal.expired() => AuthError::Expired,
+        }
+    }
+
     /// Returns once the credential has been taken away, with what its owner is told. A credential that expires, or
     /// cannot be checked at the moment, was not taken away.
     pub async fn end_of(mut self, bearer: &str) -> AuthError {

@@ -348,8 +348,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
             _ => return Err(HarnessEnd::Protocol("first frame must be Resume")),
         }
         let limits = EndpointLimits { message_bytes_max, ..EndpointLimits::default() };
-        let mut framing = Framing::Frames { stream: stream.clone(), received: Endpoint::new(limits) };
-        let Framing::Frames { received, .. } = &mut framing else { unreachable!("made above") };
+        let mut received = Endpoint::new(limits);
         loop {
             let Word::Binary(next) = self.source.next().await? else { continue };
             let frame = Frame::decode(next.clone()).ok().filter(|frame| frame.stream_id == stream);
@@ -358,7 +357,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
                 Some(Body::Data(data)) => {
                     received.receive(data)?;
                     if let Some(json) = received.next() {
-                        return Ok(Flavour::Messages(framing, json));
+                        return Ok(Flavour::Messages(Framing::Frames { stream, received }, json));
                     }
                 }
                 Some(Body::Reset { .. }) => return Err(HarnessEnd::Peer),

@@ -620,8 +620,8 @@ where
     }
 }
 
-/// Hands a frame to its stream. The readers are the gateway's own clients, which never wait for anybody, so a full
-/// inbox means a moment's work; one that stays full is reset rather than allowed to hold up its neighbours.
+/// Hands a frame to its stream. Clients wait for nobody, and the task of a harness puts aside what it cannot write yet,
+/// so a full inbox means a moment's work; one that stays full is reset rather than allowed to hold up its neighbours.
 async fn deliver(frame: Frame, wire: Bytes, link: &LinkHandle) {
     let (inbox, route) = {
         let routes = link.routes();

@@ -61,8 +61,7 @@ impl Live {
             async move {
                 tokio::select! {
                     biased;
-                    refused = revocations.end_of(&bearer) => Cut::Refused(refused),
-                    () = caller.expired() => Cut::Refused(AuthError::Expired),
+                    refused = revocations.end_of_right(&bearer, &caller) => Cut::Refused(refused),
                     () = session.forgotten() => Cut::Forgotten,
                     () = draining.cancelled_owned() => Cut::Draining,
                 }

@@ -128,6 +128,13 @@ struct Attached {
 }
 
 impl Attached {
+    /// A process that has said "here" and repeats its stdin still does so.
+    async fn goes_on(&mut self) {
+        self.socket.send(Message::binary(&b"on"[..])).await.unwrap();
+        self.expect("stdin").await;
+        assert_eq!(self.read(7).await, b"here\non");
+    }
+
     async fn to(caller: &Caller, session: &str, query: &str) -> Self {
         let request = format!("ws://{}{session}/attach?{query}", caller.address).into_client_request().unwrap();
         Self::open(caller, request).await.unwrap()
@@ -431,9 +438,7 @@ async fn a_revoked_token_ends_its_streams_and_no_others() {
     assert_eq!(events.expect("revoked").await["code"], "invalid_token");
     assert!(events.next().await.is_none());
     assert_eq!(attached.closed().await, 1008);
-    kept.socket.send(Message::binary(&b"on"[..])).await.unwrap();
-    kept.expect("stdin").await;
-    assert_eq!(kept.read(7).await, b"here\non");
+    kept.goes_on().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -454,9 +459,7 @@ async fn a_token_that_expires_ends_its_streams_and_no_others() {
     assert!(events.next().await.is_none());
     assert_eq!(attached.closed().await, 1008);
     assert_eq!(caller.send("GET", &session, &[], "").await.status, 401);
-    kept.socket.send(Message::binary(&b"on"[..])).await.unwrap();
-    kept.expect("stdin").await;
-    assert_eq!(kept.read(7).await, b"here\non");
+    kept.goes_on().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,8 +14,8 @@ use exec_gateway::protocol::ids::{ExecutorId, WorkspaceId};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::restart::{free_address, workspace};
 use crate::sessions::{Started, sha256, start};
+use crate::support::gateway::{free_address, workspace};
 use crate::support::{
     Caller, CodexExecutor, Credentials, DaemonProcess, FakeExecutor, MIB, Marker, Proxy, Reply, Scratch, TestGateway,
     Workbench, eventually, noise,

@@ -11,9 +11,9 @@ use exec_gateway::ops::metrics::OutcomeLabel;
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, WorkspaceId};
 use serde_json::json;
 
-use crate::restart::{free_address, workspace};
 use crate::sessions::start;
 use crate::support::adapter::Make;
+use crate::support::gateway::{free_address, workspace};
 use crate::support::{
     Adapter, Answer, Caller, CodexExecutor, Credentials, DaemonProcess, Harness, MIB, Marker, Proxy, Scratch, Signer,
     TestGateway, Tongue, eventually, noise,

@@ -281,19 +281,30 @@ async fn a_start_that_was_not_answered_is_asked_again_and_has_run_once() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_executor_that_has_not_noticed_the_loss_yet_is_asked_again() {
+/// A start whose answer is lost, and an executor that refuses what is asked of it next until it was asked some times.
+async fn is_asked_again(method: &str, refusal: Reply, times: usize) {
     let scene = Scene::start().await;
     scene.executor.on("process/start", Reply::Unanswered);
     let call = scene.call();
     scene.link.ended().await;
-    scene.executor.on("initialize", Reply::Refused(-32010, "session x is already attached"));
+    scene.executor.on(method, refusal);
     scene.executor.on("process/start", Reply::Usual);
     let _link = scene.executor.register_and_dial().await;
-    eventually("it is asked again", async || (scene.executor.asked("initialize") > 3).then_some(())).await;
-    scene.executor.on("initialize", Reply::Usual);
+    eventually("it is asked again", async || (scene.executor.asked(method) > times).then_some(())).await;
+    scene.executor.on(method, Reply::Usual);
     assert_eq!(result(call).await["stdout"], format!("{}\n", scene.credentials));
     assert_eq!(scene.executor.processes(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_executor_that_has_not_noticed_the_loss_yet_is_asked_again() {
+    is_asked_again("initialize", Reply::Refused(-32010, "session x is already attached"), 3).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_is_still_being_started_is_waited_for() {
+    // The real executor answers so under load, even after the process has begun to print.
+    is_asked_again("process/read", Reply::Refused(-32600, "process id x is starting"), 2).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -315,20 +326,4 @@ async fn a_gateway_that_stops_waits_for_no_link() {
     let answer = call.await.unwrap();
     assert_eq!((answer.status.as_u16(), answer.code().as_str()), (502, "executor_unreachable"));
     eventually("nobody waits", async || corridor.endings.is_empty().then_some(())).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_process_that_is_still_being_started_is_waited_for() {
-    // The real executor answers so under load, even after the process has begun to print.
-    let scene = Scene::start().await;
-    scene.executor.on("process/start", Reply::Unanswered);
-    let call = scene.call();
-    scene.link.ended().await;
-    scene.executor.on("process/read", Reply::Refused(-32600, "process id x is starting"));
-    scene.executor.on("process/start", Reply::Usual);
-    let _link = scene.executor.register_and_dial().await;
-    eventually("it is asked again", async || (scene.executor.asked("process/read") > 2).then_some(())).await;
-    scene.executor.on("process/read", Reply::Usual);
-    assert_eq!(result(call).await["stdout"], format!("{}\n", scene.credentials));
-    assert_eq!(scene.executor.processes(), 1);
 }

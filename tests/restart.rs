@@ -1,15 +1,15 @@
 //! Gateways that stop and start, executors that come and go, and operators who change their minds, on the real
 //! executor.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::time::Duration;
 
 use exec_gateway::admin::{Request, Response};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, TurnId, WorkspaceId};
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::task::JoinHandle;
 
-use crate::support::gateway::Credentials;
+use crate::support::gateway::{free_address, workspace};
 use crate::support::{
     Answer, Caller, CodexExecutor, DaemonProcess, FakeExecutor, Marker, Scratch, TestGateway, Wire, Workbench,
     eventually,
@@ -239,15 +239,6 @@ impl Workbench {
     }
 }
 
-/// A caller of workspace `w` and the credentials of its environment `box`, made at a running daemon.
-pub async fn workspace(state: &Scratch, daemon: &DaemonProcess) -> (Caller, Credentials) {
-    let text = |value: &Value| value.as_str().unwrap().to_owned();
-    let token = DaemonProcess::operate(state, &["token", "create", "--workspace", "w"]).await;
-    let executor = DaemonProcess::operate(state, &["executor", "create", "--workspace", "w", "--name", "box"]).await;
-    let credentials = Credentials { executor: text(&executor["exe_id"]), token: text(&executor["token"]) };
-    (Caller::new(daemon.address, Some(text(&token["token"]))), credentials)
-}
-
 /// The process id of the native executor.
 async fn native_executor(caller: &Caller) -> String {
     let result = caller.shell("box", json!({ "command": "echo $PPID" })).await;
@@ -279,14 +270,4 @@ async fn assert_is_cut(call: JoinHandle<Answer>) {
 async fn refusal(caller: &Caller) -> (u16, String) {
     let answer = caller.tool("box", "shell", json!({ "command": ["true"] })).await;
     (answer.status.as_u16(), answer.code())
-}
-
-/// An address that stays free while its gateway is away: below the ports that the system hands out by itself.
-pub fn free_address() -> SocketAddr {
-    loop {
-        let port = 20_000 + (uuid::Uuid::new_v4().as_u128() % 10_000) as u16;
-        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
-            return listener.local_addr().unwrap();
-        }
-    }
 }

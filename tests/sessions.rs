@@ -8,7 +8,7 @@ use exec_gateway::session::{SessionError, StartRequest, StdinMode};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::restart::{free_address, workspace};
+use crate::support::gateway::{free_address, workspace};
 use crate::support::{Caller, CodexExecutor, DaemonProcess, PATIENCE, Proxy, Scratch, Workbench, eventually, noise};
 
 /// A session as a caller sees it.

@@ -15,6 +15,7 @@ use std::process::Stdio;
 
 use exec_gateway::protocol::rest::{ConnectResponse, HarnessKey, SECURITY_PROFILE};
 use serde_json::{Value, json};
+use support::gateway::workspace;
 use support::harness::{HarnessKeys, Tongue};
 use support::{CodexExecutor, Credentials, DaemonProcess, Harness, MIB, Scratch};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -104,10 +105,10 @@ async fn bench() {
 
     let state = Scratch::new();
     let gateway = DaemonProcess::start(&state, "127.0.0.1:0".parse().unwrap(), &["--log-level", "error"]).await;
-    let (caller, credentials) = rig::workspace(&state, &gateway).await;
+    let (caller, credentials) = workspace(&state, &gateway).await;
     let url = format!("http://{}", gateway.address);
     let _connected = CodexExecutor::connected(&url, &credentials, &caller, "box").await;
-    let plain = rig::executor(&state, "plain").await;
+    let plain = rig::create_executor(state.path(), gateway.address, "plain").await;
     let _direct = CodexExecutor::start_direct(&url, &plain, |_| {});
     _direct.seen_by(&caller, "plain").await;
     let bridged = Harness::open(&caller, &credentials.executor, Tongue::Json).await;

@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 
-use crate::support::{Caller, Credentials, DaemonProcess, Scratch};
+use crate::support::{Caller, Credentials};
 
 /// The middle value.
 pub fn median(values: &[f64]) -> f64 {
@@ -56,20 +56,6 @@ pub fn line(what: &str, gateway: String, baseline: String, ratio: f64, reach: &s
 /// The number after the bench's name on the command line; cargo adds flags of its own.
 pub fn argument(default: usize) -> usize {
     std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(default)
-}
-
-/// A caller of workspace `w` and the credentials of its environment `box`, made at a running daemon.
-pub async fn workspace(state: &Scratch, daemon: &DaemonProcess) -> (Caller, Credentials) {
-    let token = DaemonProcess::operate(state, &["token", "create", "--workspace", "w"]).await;
-    let token = token["token"].as_str().unwrap().to_owned();
-    (Caller::new(daemon.address, Some(token)), executor(state, "box").await)
-}
-
-/// The credentials of another environment of workspace `w`, made at a running daemon.
-pub async fn executor(state: &Scratch, name: &str) -> Credentials {
-    let text = |value: &Value| value.as_str().unwrap().to_owned();
-    let executor = DaemonProcess::operate(state, &["executor", "create", "--workspace", "w", "--name", name]).await;
-    Credentials { executor: text(&executor["exe_id"]), token: text(&executor["token"]) }
 }
 
 /// Makes an executor through the admin socket of a running daemon.

@@ -22,7 +22,8 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use support::{Caller, CodexExecutor, Credentials, DaemonProcess, MIB, PATIENCE, Proxy, Scratch, eventually, noise};
+use support::gateway::{free_address, workspace};
+use support::{Caller, CodexExecutor, DaemonProcess, MIB, PATIENCE, Proxy, Scratch, eventually, noise};
 
 /// The first part ends, and fails, after this.
 const LARGE_OUTPUT_MAX: Duration = Duration::from_secs(230);
@@ -73,12 +74,7 @@ impl Bench {
     async fn start() -> Self {
         let (state, address) = (Scratch::new(), free_address());
         let daemon = DaemonProcess::start(&state, address, &["--log-level", "error"]).await;
-        let token = DaemonProcess::operate(&state, &["token", "create", "--workspace", "w"]).await;
-        let executor = ["executor", "create", "--workspace", "w", "--name", "box"];
-        let executor = DaemonProcess::operate(&state, &executor).await;
-        let text = |value: &Value| value.as_str().unwrap().to_owned();
-        let credentials = Credentials { executor: text(&executor["exe_id"]), token: text(&executor["token"]) };
-        let caller = Caller::new(address, Some(text(&token["token"])));
+        let (caller, credentials) = workspace(&state, &daemon).await;
         let proxy = Proxy::to(address).await;
         let url = format!("http://{}", proxy.address);
         let executor = CodexExecutor::connected(&url, &credentials, &caller, "box").await;
@@ -97,16 +93,6 @@ impl Bench {
     async fn kill_and_restart(&mut self) {
         self.daemon.take().unwrap().kill().await;
         self.daemon = Some(DaemonProcess::start(&self.state, self.address, &["--log-level", "error"]).await);
-    }
-}
-
-fn free_address() -> SocketAddr {
-    loop {
-        // Below the ports that the system hands out by itself.
-        let port = 20_000 + (uuid::Uuid::new_v4().as_u128() % 10_000) as u16;
-        if let Ok(listener) = std::net::TcpListener::bind(("127.0.0.1", port)) {
-            return listener.local_addr().unwrap();
-        }
     }
 }
 

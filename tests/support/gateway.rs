@@ -171,3 +171,22 @@ impl DaemonProcess {
         self.child.kill().await.unwrap();
     }
 }
+
+/// A caller of workspace `w` and the credentials of its environment `box`, made at a running daemon.
+pub async fn workspace(state: &Scratch, daemon: &DaemonProcess) -> (Caller, Credentials) {
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let token = DaemonProcess::operate(state, &["token", "create", "--workspace", "w"]).await;
+    let executor = DaemonProcess::operate(state, &["executor", "create", "--workspace", "w", "--name", "box"]).await;
+    let credentials = Credentials { executor: text(&executor["exe_id"]), token: text(&executor["token"]) };
+    (Caller::new(daemon.address, Some(text(&token["token"]))), credentials)
+}
+
+/// An address that stays free while its gateway is away: below the ports that the system hands out by itself.
+pub fn free_address() -> SocketAddr {
+    loop {
+        let port = 20_000 + (uuid::Uuid::new_v4().as_u128() % 10_000) as u16;
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
+            return listener.local_addr().unwrap();
+        }
+    }
+}

@@ -115,8 +115,9 @@ async fn run(
     let result = async {
         let (settings, sessions) = (api.tools.clone(), api.sessions.clone());
         let arguments = call.arguments;
-        let call = Call { workspace, settings, started, sessions, key };
-        Ok::<_, ApiError>(tool.call(&call, &environment, arguments).await?)
+        let draining = api.draining.clone();
+        let call = Call { workspace, settings, started, sessions, key, draining };
+        Ok::<_, ApiError>(tool.call(&call, Some(&environment), arguments).await?)
     }
     .await;
     let outcome = match &result {

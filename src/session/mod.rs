@@ -8,6 +8,7 @@ mod place;
 mod process;
 mod quota;
 mod stdin;
+pub mod view;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -104,6 +105,9 @@ pub enum SessionError {
     /// The session's directory cannot be used.
     #[error("the session's output cannot be stored")]
     Disk(#[source] Arc<JournalError>),
+    /// The session's output cannot be read.
+    #[error("the output could not be read")]
+    Unreadable(#[source] Arc<JournalError>),
     /// The executor refused to start the process; nothing ran.
     #[error("{0}")]
     NotStarted(String),
@@ -193,7 +197,7 @@ pub struct Session {
 }
 
 /// How a process is asked to end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 pub enum EndSignal {
     /// Interrupt.
     #[serde(rename = "INT")]
@@ -697,6 +701,11 @@ impl Sessions {
             self.entries.iter().filter(|entry| entry.workspace == *workspace).map(|entry| entry.clone()).collect();
         sessions.sort_by_key(|session| session.created_at);
         sessions
+    }
+
+    /// Bounds and times of sessions.
+    pub fn settings(&self) -> &config::Sessions {
+        &self.settings
     }
 
     /// Sessions in the table.

@@ -113,6 +113,6 @@ async fn call(site: Site<'_>, arguments: Arguments) -> Result<ToolResult, ToolEr
             Ok(ToolResult { structured_content: Some(started.clone()), ..ToolResult::text(started.to_string()) })
         }
         Err(SessionError::NotStarted(why)) => Ok(coded_failure("not_started", format!("{} failed: {why}", TOOL.name))),
-        Err(error) => Err(ToolError::Session(error)),
+        Err(error) => Err(error.into()),
     }
 }

@@ -5,12 +5,18 @@
 mod command;
 mod exec_command;
 mod execution;
+mod list_environments;
+mod list_processes;
 mod open_file;
 mod process;
 mod read_file;
+mod read_output;
 mod script;
+mod session;
 mod shell;
+mod terminate;
 mod write_file;
+mod write_stdin;
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -19,17 +25,19 @@ use std::time::Duration;
 
 use schemars::Schema;
 use schemars::generate::{SchemaGenerator, SchemaSettings};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::config;
 use crate::protocol::path::{FileUri, PathError};
 use crate::protocol::rest::{Ran, ToolInfo, ToolResult};
 use crate::protocol::rpc::{self, EnvironmentInfo, RpcError};
 use crate::relay::client::{CallError, Client};
-use crate::session::{SessionError, Sessions};
+use crate::session::{SessionError, Sessions, StdinError};
 use crate::store::Binding;
 use crate::workspace::pool::{Pool, Use};
 use crate::workspace::{ReachError, Workspace};
@@ -63,7 +71,6 @@ pub enum Effect {
 /// How a tool runs: at one environment, or for the workspace as a whole.
 enum Run {
     At(for<'a> fn(Site<'a>, Value) -> Running<'a>),
-    #[expect(dead_code, reason = "the tools of the whole workspace are not there yet")]
     Workspace(for<'a> fn(&'a Call, Value) -> Running<'a>),
 }
 
@@ -81,6 +88,8 @@ pub struct Call {
     pub sessions: Arc<Sessions>,
     /// The caller's `Idempotency-Key`.
     pub key: Option<String>,
+    /// Cancelled when the gateway stops: nobody waits any longer for what the next one can tell as well.
+    pub draining: CancellationToken,
 }
 
 /// One environment as one call works at it.
@@ -111,9 +120,12 @@ pub enum ToolError {
         /// Whether the call may have run.
         ran: Ran,
     },
-    /// A process session could not be started.
+    /// A process session is not there or could not be started.
     #[error(transparent)]
-    Session(SessionError),
+    Session(#[from] SessionError),
+    /// Bytes for a process were not accepted.
+    #[error(transparent)]
+    Stdin(#[from] StdinError),
     /// The executor's answer makes no sense.
     #[error("the executor's answer is malformed")]
     Malformed(#[source] serde_json::Error),
@@ -121,7 +133,17 @@ pub enum ToolError {
 
 impl Tool {
     /// Every tool, those of the original first and in its order.
-    pub const ALL: &'static [&'static Self] = &[&shell::TOOL, &read_file::TOOL, &write_file::TOOL, &exec_command::TOOL];
+    pub const ALL: &'static [&'static Self] = &[
+        &shell::TOOL,
+        &read_file::TOOL,
+        &write_file::TOOL,
+        &exec_command::TOOL,
+        &write_stdin::TOOL,
+        &read_output::TOOL,
+        &terminate::TOOL,
+        &list_processes::TOOL,
+        &list_environments::TOOL,
+    ];
 
     /// The tool of that name.
     pub fn named(name: &str) -> Option<&'static Self> {
@@ -172,15 +194,37 @@ impl Tool {
         &INFOS[self.name]
     }
 
-    /// Runs one call, at the environment of that name. Dropping the future ends what it started on the executor.
+    /// Runs one call, at the environment of that name; without a name where the tool works in the whole workspace, or
+    /// else at the only environment or the default one. Dropping the future ends what it started on the executor.
     ///
     /// # Errors
     /// [`ToolError`].
-    pub async fn call(&self, call: &Call, environment: &str, arguments: Value) -> Result<ToolResult, ToolError> {
-        let binding = call.workspace.environment(environment).await.map_err(Arc::new)?;
+    pub async fn call(
+        &self,
+        call: &Call,
+        environment: Option<&str>,
+        mut arguments: Value,
+    ) -> Result<ToolResult, ToolError> {
         match self.run {
-            Run::At(run) => run(Site { call, binding: &binding }, arguments).await,
-            Run::Workspace(run) => run(call, arguments).await,
+            Run::At(run) => {
+                let binding = match environment {
+                    Some(name) => call.workspace.environment(name).await,
+                    None => call.workspace.default_environment().await,
+                };
+                run(Site { call, binding: &binding.map_err(Arc::new)? }, arguments).await
+            }
+            Run::Workspace(run) => {
+                if arguments.is_null() {
+                    arguments = json!({});
+                }
+                if let Some(name) = environment {
+                    let binding = call.workspace.environment(name).await.map_err(Arc::new)?;
+                    if let Some(arguments) = arguments.as_object_mut() {
+                        arguments.insert("environment_id".into(), binding.name().as_str().into());
+                    }
+                }
+                run(call, arguments).await
+            }
         }
     }
 }
@@ -326,6 +370,12 @@ fn failure(tool: &Tool, error: &RpcError) -> ToolResult {
         _ => "failed",
     };
     coded_failure(code, format!("{} failed: {}", tool.name, error.message))
+}
+
+/// A success: `text` for models, `structured` for programs.
+fn success(text: impl Into<String>, structured: &impl Serialize) -> ToolResult {
+    let structured = serde_json::to_value(structured).expect("what a tool tells is plain data");
+    ToolResult { structured_content: Some(structured), ..ToolResult::text(text) }
 }
 
 fn coded_failure(code: &str, message: String) -> ToolResult {

@@ -116,7 +116,7 @@ async fn run(
         let (settings, sessions) = (api.tools.clone(), api.sessions.clone());
         let arguments = call.arguments;
         let draining = api.draining.clone();
-        let call = Call { workspace, settings, started, sessions, key, draining };
+        let call = Call { workspace, settings, started, sessions, key, draining, progress: None };
         Ok::<_, ApiError>(tool.call(&call, Some(&environment), arguments).await?)
     }
     .await;

@@ -29,6 +29,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -90,6 +91,17 @@ pub struct Call {
     pub key: Option<String>,
     /// Cancelled when the gateway stops: nobody waits any longer for what the next one can tell as well.
     pub draining: CancellationToken,
+    /// Told how far a long call has come, where the caller wants to know.
+    pub progress: Option<watch::Sender<Progress>>,
+}
+
+/// How far a long call has come, in the unit of its tool (bytes for `copy_path`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// What is done; it never goes back.
+    pub done: u64,
+    /// What there is to do, once that is known.
+    pub total: Option<u64>,
 }
 
 /// One environment as one call works at it.

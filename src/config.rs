@@ -270,6 +270,18 @@ config! {
         retention_secs: u64 = 80 => 1..=86_400,
     }
 
+    /// MCP clients.
+    mcp: Mcp {
+        /// Text of one answer, in bytes: what is longer is cut in the middle, since models read it.
+        text_bytes_max: usize = 64 * 1024 => 1024..=16 * 1024 * 1024,
+        /// Interval in which a client that asks for it is told that its call goes on, in seconds; first after one.
+        progress_secs: u64 = 5 => 1..=3600,
+        /// Web origins whose pages may call, as `https://app.example.com`; those of this machine and of `public_url` always may.
+        allowed_origins: Vec<String> = Vec::new(),
+        /// Issuers of tokens that clients are told of, as URLs; for a service at `auth.upstream_url` that accepts their tokens.
+        authorization_servers: Vec<String> = Vec::new(),
+    }
+
     /// Shutdown.
     drain: Drain {
         /// Time between not being ready and refusing new calls, in seconds.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use hyper::body::Incoming;
-use hyper::header::{HOST, HeaderName, HeaderValue};
+use hyper::header::{HeaderName, HeaderValue};
 use hyper::{HeaderMap, Request, Response};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -15,7 +15,7 @@ use tokio_tungstenite::WebSocketStream;
 use uuid::Uuid;
 
 use super::error::ApiError;
-use super::{Api, credential, harness, json, query_parameter};
+use super::{Api, credential, harness, http_base, json, query_parameter};
 use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
 use crate::auth::sigv4::SignedRequest;
 use crate::config::Secret;
@@ -310,25 +310,8 @@ fn answer(api: &Api, door: Door, registration: &Registration, headers: &HeaderMa
 
 /// Where the executor dials: the configured public URL, else the Host under which it has just reached us.
 pub(super) fn websocket_base(api: &Api, headers: &HeaderMap) -> String {
-    match &api.config.public_url {
-        Some(url) => {
-            let url = url.trim_end_matches('/');
-            match url.split_once("://") {
-                Some(("http", rest)) => format!("ws://{rest}"),
-                Some(("https", rest)) => format!("wss://{rest}"),
-                _ => url.to_owned(),
-            }
-        }
-        None => {
-            let host = headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_host(host));
-            format!("ws://{}", host.unwrap_or("127.0.0.1"))
-        }
-    }
-}
-
-fn is_host(host: &str) -> bool {
-    !host.is_empty()
-        && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']'))
+    // `https` becomes `wss` by this too.
+    http_base(api, headers).replacen("http", "ws", 1)
 }
 
 /// `POST …/validate`: may this harness key talk to this executor? Never asks upstream: the bearer is compared with the

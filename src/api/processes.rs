@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 use super::error::ApiError;
 use super::rest::{caller, field_error};
-use super::{Api, json as json_answer, json_bytes, json_line_in, query_parameter, read_only};
+use super::{Api, json as json_answer, json_bytes, json_line_in, query_parameter, read_only, timing};
 use crate::auth::Principal;
 use crate::edge::body::{self, Body};
 use crate::session::view::{Chunk, Wish, chunks, ending, lost, read};
@@ -71,7 +71,7 @@ pub async fn show(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
 /// `DELETE …/processes/{sid}`: ends the process and forgets its output.
 pub async fn forget(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let session = changed_session(api, id, &request).await?;
-    api.sessions.forget(&session).await?;
+    timing(&request).executor(api.sessions.forget(&session)).await?;
     Ok(json_answer(&json!({ "ok": true })))
 }
 
@@ -128,6 +128,7 @@ pub async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Res
     if events::wanted(request.headers()) {
         return events::output(api, id, request).await;
     }
+    let timing = timing(&request);
     let session = session(api, id, &request).await?;
     let query = OutputQuery::parse(api, request.uri().query().unwrap_or_default())?;
     if let Some(bytes) = query.head_tail {
@@ -135,7 +136,8 @@ pub async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Res
         return head_tail(&session, &query, bytes).await;
     }
     // The next gateway knows as much; a restart is not held up for those who wait.
-    let (status, page) = session.next_page(query.wish, Instant::now() + query.wait, &api.draining).await?;
+    let page = session.next_page(query.wish, Instant::now() + query.wait, &api.draining);
+    let (status, page) = timing.executor(page).await?;
     // The exit is told on the page that reaches the end, and on every later empty one.
     let over = status.state.is_final() && page.end;
     let lost_bytes = session.lost_bytes(query.wish.tag);
@@ -220,11 +222,12 @@ impl StdinBody {
 /// `POST …/processes/{sid}/stdin`
 pub async fn stdin(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     api.refuse_while_draining()?;
+    let timing = timing(&request);
     let session = changed_session(api, id, &request).await?;
     let body: StdinBody = read_json(api, request).await?;
     let order = body.order(&session)?;
     let wait = Duration::from_secs(api.config.session.wait_max_secs);
-    let written = session.write(&api.corridor.store, order, wait).await?;
+    let written = timing.executor(session.write(&api.corridor.store, order, wait)).await?;
     Ok(json_answer(&json!({ "ok": true, "accepted": written.accepted, "eof": written.eof })))
 }
 
@@ -246,10 +249,11 @@ impl TerminateBody {
 /// `POST …/processes/{sid}/terminate`: kills at once unless the body says otherwise; confirmed by the exit where it
 /// comes soon.
 pub async fn terminate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let timing = timing(&request);
     let session = changed_session(api, id, &request).await?;
     let body: TerminateBody = read_json(api, request).await?;
     let (signal, grace) = body.order();
-    let status = session.end_soon(signal, grace).await;
+    let status = timing.executor(session.end_soon(signal, grace)).await;
     Ok(json_answer(&json!({ "ok": true, "state": status.state.as_str(), "exit_code": status.exit_code })))
 }
 

@@ -353,7 +353,7 @@ mod tests {
 
     /// The text of a journal with these pieces of stdout and stderr, read in pages of so many bytes.
     fn read_in_pages(pieces: &[(u8, &[u8])], bytes_max: usize) -> String {
-        let limits = Limits { memory_bytes_max: 1024, spill_bytes_max: 1 << 20, full: Full::DropOldest };
+        let limits = Limits { memory_bytes_max: 1 << 20, spill_bytes_max: 1 << 20, full: Full::DropOldest };
         let mut journal = Journal::in_memory(1, limits);
         let pieces: Vec<_> = pieces.iter().map(|(tag, bytes)| Append { tag: *tag, mark: 0, bytes }).collect();
         journal.append(&pieces).unwrap();

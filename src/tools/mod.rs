@@ -40,6 +40,7 @@ use crate::protocol::rpc::{self, EnvironmentInfo, RpcError};
 use crate::relay::client::{CallError, Client};
 use crate::session::{SessionError, Sessions, StdinError};
 use crate::store::Binding;
+use crate::timing::Timing;
 use crate::workspace::pool::{Pool, Use};
 use crate::workspace::{ReachError, Workspace};
 
@@ -93,6 +94,10 @@ pub struct Call {
     pub draining: CancellationToken,
     /// Told how far a long call has come, where the caller wants to know.
     pub progress: Option<watch::Sender<Progress>>,
+    /// Bytes of text that the caller takes in one answer, as models do; `None` takes all.
+    pub text_bytes_max: Option<usize>,
+    /// Where the time of the request goes.
+    pub timing: Timing,
 }
 
 /// How far a long call has come, in the unit of its tool (bytes for `copy_path`).
@@ -167,6 +172,11 @@ impl Tool {
         self.name
     }
 
+    /// What models are told about it.
+    pub fn description(&self) -> &'static str {
+        self.description
+    }
+
     /// What it may do to what is there.
     pub fn effect(&self) -> Effect {
         self.effect
@@ -223,7 +233,8 @@ impl Tool {
                     Some(name) => call.workspace.environment(name).await,
                     None => call.workspace.default_environment().await,
                 };
-                run(Site { call, binding: &binding.map_err(Arc::new)? }, arguments).await
+                let binding = binding.map_err(Arc::new)?;
+                call.timing.executor(run(Site { call, binding: &binding }, arguments)).await
             }
             Run::Workspace(run) => {
                 if arguments.is_null() {
@@ -235,7 +246,7 @@ impl Tool {
                         arguments.insert("environment_id".into(), binding.name().as_str().into());
                     }
                 }
-                run(call, arguments).await
+                call.timing.executor(run(call, arguments)).await
             }
         }
     }
@@ -289,7 +300,7 @@ impl<'a> Site<'a> {
     async fn client(self, purpose: Use, deadline: Instant) -> Result<Client, ToolError> {
         let Self { call, binding } = self;
         let client = Pool::client(&call.workspace, binding, purpose);
-        match tokio::time::timeout_at(deadline, client).await {
+        match call.timing.queue(tokio::time::timeout_at(deadline, client)).await {
             Ok(client) => Ok(client?),
             Err(_) if call.workspace.corridor().registry.link(binding).is_none() => {
                 Err(Arc::new(ReachError::NotConnected(binding.name().to_string())).into())
@@ -338,7 +349,8 @@ impl WayBack<'_> {
             tokio::time::sleep(self.pause).await;
             Pool::successor(&self.site.call.workspace, self.site.binding, self.purpose, lost).await
         };
-        let found = tokio::time::timeout_at(self.deadline.min(began + self.left), found).await;
+        let until = self.deadline.min(began + self.left);
+        let found = self.site.call.timing.queue(tokio::time::timeout_at(until, found)).await;
         self.left = self.left.saturating_sub(began.elapsed());
         self.pause = (self.pause * 2).clamp(RELINK_PAUSE, RELINK_PAUSE_MAX);
         found.ok().flatten().ok_or(ToolError::Lost { ran: self.ran })
@@ -388,6 +400,17 @@ fn failure(tool: &Tool, error: &RpcError) -> ToolResult {
 fn success(text: impl Into<String>, structured: &impl Serialize) -> ToolResult {
     let structured = serde_json::to_value(structured).expect("what a tool tells is plain data");
     ToolResult { structured_content: Some(structured), ..ToolResult::text(text) }
+}
+
+/// The beginning and the end of a text, together of at most `bytes_max` bytes, cut between characters.
+pub fn head_and_tail(text: &str, bytes_max: usize) -> (&str, &str) {
+    if text.len() <= bytes_max {
+        return (text, "");
+    }
+    let boundary = |at: &usize| text.is_char_boundary(*at);
+    let head = (0..=bytes_max / 2).rev().find(boundary).unwrap_or(0);
+    let tail = (text.len() - (bytes_max - bytes_max / 2)..text.len()).find(boundary).unwrap_or(text.len());
+    (&text[..head], &text[tail..])
 }
 
 fn coded_failure(code: &str, message: String) -> ToolResult {

@@ -16,6 +16,7 @@ mod limits;
 mod links;
 mod matrix;
 mod mcp;
+mod mcp_clients;
 mod registration;
 mod relink;
 mod rest;

@@ -262,7 +262,23 @@ fn schema(of: fn(&mut SchemaGenerator) -> Schema) -> Value {
     if let Some(schema) = schema.as_object_mut() {
         schema.remove("title");
     }
+    forget_widths(&mut schema);
     schema
+}
+
+/// Takes out how wide Rust's numbers are: JSON schema knows no such formats, and clients complain about them.
+fn forget_widths(schema: &mut Value) {
+    match schema {
+        Value::Object(members) => {
+            let is_width = |format: &Value| format.as_str().is_some_and(|format| format.contains("int"));
+            if members.get("format").is_some_and(is_width) {
+                members.remove("format");
+            }
+            members.values_mut().for_each(forget_widths);
+        }
+        Value::Array(values) => values.iter_mut().for_each(forget_widths),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
 }
 
 /// The arguments as the tool's own type.

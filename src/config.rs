@@ -322,6 +322,14 @@ impl Config {
         {
             wrong("public_url", &message);
         }
+        for (knob, urls) in [
+            ("mcp.allowed_origins", &self.mcp.allowed_origins),
+            ("mcp.authorization_servers", &self.mcp.authorization_servers),
+        ] {
+            if let Some(message) = urls.iter().find_map(|url| check_url(url, &["http", "https"]).err()) {
+                wrong(knob, &message);
+            }
+        }
         if let Some(url) = &self.auth.upstream_url {
             if let Err(message) = check_url(url, &["http", "https"]) {
                 wrong("auth.upstream_url", &message);

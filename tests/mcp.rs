@@ -479,6 +479,8 @@ async fn a_client_goes_on_at_the_next_gateway_as_if_nothing_had_happened() {
     let client = Mcp::connect(&caller).await;
     let started = client.call("exec_command", json!({ "command": "cat" })).await;
     let session = started["structuredContent"]["session_id"].clone();
+    let long = client.call("shell", json!({ "command": "seq 1 20000" })).await;
+    let kept = long["structuredContent"]["session_id"].clone();
 
     daemon.kill().await;
     let _daemon = DaemonProcess::start(&state, address, &[]).await;
@@ -488,6 +490,42 @@ async fn a_client_goes_on_at_the_next_gateway_as_if_nothing_had_happened() {
     assert_eq!(written["structuredContent"]["accepted"], 6, "{written}");
     let read = client.call("read_output", json!({ "session_id": session, "yield_time_ms": 25_000 })).await;
     assert_eq!(read["structuredContent"]["text"], "still\n", "{read}");
+    let read = client.call("read_output", json!({ "session_id": kept })).await;
+    assert!(read["structuredContent"]["text"].as_str().unwrap().starts_with("1\n2\n"), "{read}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workspace_that_has_no_place_for_a_call_can_still_cancel_one() {
+    let bench = Workbench::with(|config| config.workspace.calls_max = 1).await;
+    let client = Mcp::connect(&bench.caller).await;
+    let marker = Marker::new();
+    let sleep = json!({ "name": "shell", "arguments": { "command": format!("exec sleep {marker}") } });
+
+    let (call, ()) = tokio::join!(client.ask_as(7, "tools/call", sleep), async {
+        marker.is_on(1).await;
+        let ping = json!({ "jsonrpc": "2.0", "id": 1, "method": "ping", "params": { "filler": "x".repeat(8192) } });
+        for message in [json!({ "jsonrpc": "2.0", "id": 1, "method": "ping" }), ping] {
+            let refused = post(&bench.caller, &[], &message).await;
+            let code = refused.json()["error"]["data"]["code"].clone();
+            assert_eq!((refused.status.as_u16(), code), (429, json!("too_many_calls")));
+        }
+        client.notify("notifications/cancelled", json!({ "requestId": 7 })).await;
+    });
+
+    assert_eq!(call.0["result"]["structuredContent"]["code"], "cancelled");
+    marker.is_on(0).await;
+}
+
+#[tokio::test]
+async fn a_gateway_that_restarts_sends_clients_to_the_next() {
+    let gateway = TestGateway::start().await;
+    let caller = gateway.caller("w").await;
+    gateway.gateway.api().draining.cancel();
+
+    let refused = post(&caller, &[], &json!({ "jsonrpc": "2.0", "id": 1, "method": "ping" })).await;
+
+    assert_eq!((refused.status.as_u16(), refused.header("retry-after")), (503, Some("1")));
+    assert_eq!(refused.json()["error"]["data"]["code"], "draining");
 }
 
 #[tokio::test(flavor = "multi_thread")]

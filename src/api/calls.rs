@@ -17,14 +17,14 @@ use crate::timing::Timing;
 use crate::tools::{Call, Effect, Progress, Tool};
 use crate::workspace::Workspace;
 
-/// A caller that was admitted, with its place among the calls of its workspace.
+/// A caller that is known, and its place among the calls of its workspace.
 pub(super) struct Admitted {
     principal: Principal,
     workspace: Arc<Workspace>,
     timing: Timing,
     bearer: Zeroizing<String>,
     revocations: Revocations,
-    place: OwnedSemaphorePermit,
+    place: Option<OwnedSemaphorePermit>,
 }
 
 /// What a caller wants done.
@@ -49,13 +49,31 @@ impl Admitted {
     /// # Errors
     /// [`ApiError`] of the gateway that drains, of the credential, or 429 `too_many_calls`.
     pub(super) async fn admit(api: &Api, headers: &HeaderMap, timing: Timing) -> Result<Self, ApiError> {
+        let mut known = Self::known(api, headers, timing).await?;
+        known.take_place()?;
+        Ok(known)
+    }
+
+    /// Checks the caller's credential.
+    ///
+    /// # Errors
+    /// [`ApiError`] of the gateway that drains, or of the credential.
+    pub(super) async fn known(api: &Api, headers: &HeaderMap, timing: Timing) -> Result<Self, ApiError> {
         api.refuse_while_draining()?;
         let revocations = api.corridor.auth.revocations();
         let bearer = Zeroizing::new(bearer(headers)?.to_owned());
         let principal = timing.auth(api.corridor.auth.principal(&bearer)).await?;
         let workspace = api.workspaces.get(&principal);
-        let place = workspace.begin_call()?;
-        Ok(Self { principal, workspace, timing, bearer, revocations, place })
+        Ok(Self { principal, workspace, timing, bearer, revocations, place: None })
+    }
+
+    /// Takes a place among the calls of the workspace.
+    ///
+    /// # Errors
+    /// 429 `too_many_calls`.
+    pub(super) fn take_place(&mut self) -> Result<(), ApiError> {
+        self.place = Some(self.workspace.begin_call()?);
+        Ok(())
     }
 
     /// Who calls.

@@ -1,7 +1,7 @@
 //! MCP: the tools for clients of the Model Context Protocol, over streamable HTTP, without sessions on our side.
 //!
 //! `rmcp` speaks the protocol: versions, JSON-RPC, event streams. Here are the caller's right, the bounds, what a client
-//! may cancel, and the way from a slow answer to an event stream. Tools run as for every other door ([`super::calls`]).
+//! may cancel, and the way from a slow answer to an event stream. Tools run as for every other door (`api::calls`).
 
 mod cut;
 mod server;
@@ -33,7 +33,7 @@ use self::server::Server;
 use super::calls::Admitted;
 use super::error::ApiError;
 use super::{Api, http_base, json as json_answer, json_line, late, timing};
-use crate::edge::body::{self, Body};
+use crate::edge::body::{self, Body, BodyError};
 use crate::timing::Timing;
 
 /// JSON-RPC code of what the gateway refuses before it knows the request; the reason is in `data.code`.
@@ -48,6 +48,9 @@ const SESSION_ID: HeaderName = HeaderName::from_static("mcp-session-id");
 
 /// Longest name of a client, in bytes.
 const SESSION_ID_BYTES_MAX: usize = 128;
+
+/// Largest notification that is read while the workspace has no place for a call, in bytes.
+const NOTIFICATION_BYTES_MAX: usize = 4096;
 
 /// Below this path stand the documents about protected resources (RFC 9728 §3.1).
 const WELL_KNOWN: &str = "/.well-known/oauth-protected-resource";
@@ -118,6 +121,12 @@ struct Peek<'a> {
     params: Option<&'a RawValue>,
 }
 
+impl Peek<'_> {
+    fn is_notification(&self) -> bool {
+        self.id.is_none() && self.method.as_ref().is_some_and(|method| method.starts_with("notifications/"))
+    }
+}
+
 /// Parameters of `notifications/cancelled`.
 #[derive(Deserialize)]
 struct Cancelled {
@@ -130,8 +139,11 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     check_origin(api, request.headers())?;
     let timing = timing(&request);
     let (head, body) = request.into_parts();
-    let admitted = Admitted::admit(api, &head.headers, timing.clone()).await;
-    let admitted = admitted.map_err(|refused| challenge(api, &head.headers, head.uri.path(), refused))?;
+    let admitted = Admitted::known(api, &head.headers, timing.clone()).await;
+    let mut admitted = admitted.map_err(|refused| challenge(api, &head.headers, head.uri.path(), refused))?;
+    // Without a place a client can still cancel, which makes room.
+    let full = admitted.take_place().err();
+    let bytes_max = if full.is_none() { api.config.edge.body_bytes_max } else { NOTIFICATION_BYTES_MAX };
     let is_json = |value: &HeaderValue| {
         let media_type = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default();
         media_type.trim().eq_ignore_ascii_case("application/json")
@@ -139,9 +151,16 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     if !head.headers.get(CONTENT_TYPE).is_some_and(is_json) {
         return Err(ApiError::new(415, "bad_request", "Content-Type: expected application/json"));
     }
-    let edge = &api.config.edge;
-    let wait = Duration::from_secs(edge.body_timeout_secs);
-    let body = body::read(body, edge.body_bytes_max, wait).await?;
+    let body = match (body::read(body, bytes_max, Duration::from_secs(api.config.edge.body_timeout_secs)).await, &full)
+    {
+        (Err(BodyError::TooLarge(_)), Some(_)) => Bytes::new(),
+        (body, _) => body?,
+    };
+    if let Some(full) = full
+        && !serde_json::from_slice::<Peek<'_>>(&body).is_ok_and(|peek| peek.is_notification())
+    {
+        return Err(full);
+    }
     let peek: Peek<'_> = match serde_json::from_slice(&body) {
         Ok(peek) => peek,
         Err(error) if error.is_data() => return Ok(rpc_error(None, INVALID_REQUEST, "expected one JSON-RPC message")),

@@ -19,6 +19,7 @@ mod registration;
 mod relink;
 mod rest;
 mod restart;
+mod service;
 mod sessions;
 mod shell;
 mod tenancy;

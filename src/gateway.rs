@@ -25,6 +25,7 @@ use crate::api::Api;
 use crate::auth::{Auth, AuthStartError};
 use crate::config::{Config, NoStateDir};
 use crate::edge::listener::Listener;
+use crate::edge::tls::{Tls, TlsError};
 use crate::ops::health::Health;
 use crate::ops::metrics::{Metrics, Reading, Readings, Value};
 use crate::protocol::ids::ExecutorId;
@@ -77,6 +78,9 @@ pub enum StartError {
     /// No keys for encrypted streams.
     #[error(transparent)]
     Noise(#[from] NoiseError),
+    /// Certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// An address cannot be listened on.
     #[error("cannot listen on {address}")]
     Listen {
@@ -101,6 +105,7 @@ pub struct Gateway {
     acceptors: TaskTracker,
     ops_accepting: CancellationToken,
     ops_acceptors: TaskTracker,
+    tls: Vec<Arc<Tls>>,
     _lock: StateLock,
 }
 
@@ -150,6 +155,8 @@ impl Gateway {
             endings: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
+        let (tls, ops_tls) = (config.tls.api().map(Tls::new).transpose()?, config.tls.ops().map(Tls::new).transpose()?);
+        let (tls, ops_tls) = (tls.map(Arc::new), ops_tls.map(Arc::new));
         let metrics = Arc::new(Metrics::default());
         let workspaces = Arc::new(Workspaces::new(corridor.clone()));
         let sessions = Sessions::restore(
@@ -190,7 +197,7 @@ impl Gateway {
             let api = api.clone();
             move |request: Request<Incoming>| api.clone().answer(request)
         };
-        let listener = Listener::new(config.edge.clone(), service);
+        let listener = Listener::new(config.edge.clone(), tls.clone(), service);
         let (accepting, acceptors) = (CancellationToken::new(), TaskTracker::new());
         for socket in sockets {
             acceptors.spawn(listener.clone().accept(socket, accepting.clone()));
@@ -198,7 +205,7 @@ impl Gateway {
         let ops_listener = {
             let health = health.clone();
             let service = move |request: Request<Incoming>| health.clone().answer(request);
-            Listener::new(config.edge.clone(), service)
+            Listener::new(config.edge.clone(), ops_tls.clone(), service)
         };
         let (ops_accepting, ops_acceptors) = (CancellationToken::new(), TaskTracker::new());
         ops_acceptors.spawn(ops_listener.accept(ops_socket, ops_accepting.clone()));
@@ -220,6 +227,7 @@ impl Gateway {
             acceptors,
             ops_accepting,
             ops_acceptors,
+            tls: tls.into_iter().chain(ops_tls).collect(),
             _lock: lock,
         })
     }
@@ -242,6 +250,11 @@ impl Gateway {
     /// Operator commands, as the admin socket carries them out.
     pub fn admin(&self) -> &Arc<Admin> {
         &self.admin
+    }
+
+    /// What can be had anew from files while the gateway runs.
+    pub fn reloading(&self) -> Reloading {
+        Reloading { tls: self.tls.clone() }
     }
 
     /// Serves until `stop` is ready, then drains: callers stop before what they depend on.
@@ -298,6 +311,21 @@ impl Gateway {
         self.ops_acceptors.close();
         self.ops_acceptors.wait().await;
         tracing::info!("stopped");
+    }
+}
+
+/// What a running gateway reads from its files again.
+pub struct Reloading {
+    tls: Vec<Arc<Tls>>,
+}
+
+impl Reloading {
+    /// Reads certificates and keys of TLS again, for connections from now on.
+    ///
+    /// # Errors
+    /// [`TlsError`] of the first listener whose files cannot be used; it goes on with what it has.
+    pub fn reload(&self) -> Result<(), TlsError> {
+        self.tls.iter().try_for_each(|tls| tls.reload())
     }
 }
 

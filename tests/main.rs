@@ -23,4 +23,5 @@ mod service;
 mod sessions;
 mod shell;
 mod tenancy;
+mod tls;
 mod tokens;

@@ -403,6 +403,7 @@ fn apply(api: &Api, change: &Change) {
                 workspace.resolver.invalidate();
             }
         }
+        Change::KeyRotated { purpose, ring } => api.corridor.auth.use_keys(*purpose, ring.clone()),
         Change::Revoked(revocation) => {
             api.corridor.auth.cap_tokens().apply(revocation);
             if let RevocationScope::Workspace(id) = &revocation.scope {

@@ -12,6 +12,7 @@ mod endure;
 mod files;
 mod flavours;
 mod harness;
+mod keys;
 mod limits;
 mod links;
 mod matrix;

@@ -470,7 +470,7 @@ impl Store {
             tx.execute(
                 "DELETE FROM keys WHERE purpose = ?1 AND seq NOT IN
                  (SELECT seq FROM keys WHERE purpose = ?1 ORDER BY seq DESC LIMIT 2)",
-                [purpose_name(purpose)],
+                [purpose.name()],
             )?;
             Ok(Keyring { current, previous })
         })
@@ -594,12 +594,10 @@ fn find_binding(
 }
 
 fn find_keyring(db: &Connection, purpose: KeyPurpose) -> Result<Option<Keyring>, StoreError> {
-    let keys = all(
-        db,
-        "SELECT kid, secret FROM keys WHERE purpose = ? ORDER BY seq DESC LIMIT 2",
-        [purpose_name(purpose)],
-        |row| Ok(GatewayKey { kid: row.get(0)?, secret: Zeroizing::new(row.get(1)?) }),
-    )?;
+    let keys =
+        all(db, "SELECT kid, secret FROM keys WHERE purpose = ? ORDER BY seq DESC LIMIT 2", [purpose.name()], |row| {
+            Ok(GatewayKey { kid: row.get(0)?, secret: Zeroizing::new(row.get(1)?) })
+        })?;
     let mut keys = keys.into_iter();
     Ok(keys.next().map(|current| Keyring { current, previous: keys.next() }))
 }
@@ -612,7 +610,7 @@ fn add_key(tx: &Transaction<'_>, purpose: KeyPurpose) -> Result<GatewayKey, Stor
     let key = GatewayKey { kid: format!("{:08x}", u32::from_be_bytes(kid)), secret };
     tx.execute(
         "INSERT INTO keys (purpose, kid, secret) VALUES (?, ?, ?)",
-        params![purpose_name(purpose), key.kid, *key.secret],
+        params![purpose.name(), key.kid, *key.secret],
     )?;
     Ok(key)
 }
@@ -733,16 +731,6 @@ fn scope_names(scope: &RevocationScope) -> (&'static str, &str) {
 }
 
 const TRANSPORTS: [Transport; 4] = [Transport::Noise, Transport::Relay, Transport::Direct, Transport::Agentx];
-
-fn purpose_name(purpose: KeyPurpose) -> &'static str {
-    match purpose {
-        KeyPurpose::CapToken => "cap_token",
-        KeyPurpose::Ticket => "ticket",
-        KeyPurpose::Executor => "executor",
-        KeyPurpose::Harness => "harness",
-        KeyPurpose::Resume => "resume",
-    }
-}
 
 pub(super) fn parsed<T>(row: &Row<'_>, column: usize) -> rusqlite::Result<T>
 where

@@ -196,6 +196,10 @@ config! {
         spill_memory_bytes_max: usize = 1024 * 1024 => 64 * 1024..=256 * 1024 * 1024,
         /// Bytes for one slow harness stream kept on disk; past it the stream is reset.
         spill_bytes_max: u64 = 64 * 1024 * 1024 => 0..=1024 * 1024 * 1024 * 1024,
+        /// How long a stream waits for its harness whose socket broke, in seconds, but not past dead_secs; 0 ends it at once.
+        comeback_wait_secs: u64 = 30 => 0..=600,
+        /// Newest bytes written to one harness in relay frames that are kept for its way back.
+        comeback_bytes_max: usize = 1024 * 1024 => 0..=256 * 1024 * 1024,
         /// Size of one frame to or from an encrypted executor, in bytes; executors take 262144.
         frame_bytes_max: usize = 256 * 1024 => 4096..=262_144,
         /// Size of one JSON-RPC message, in bytes; executors take 67108864.

@@ -11,13 +11,13 @@ use exec_gateway::protocol::harness_token::{self, HarnessClaims, KeyDigest};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, RegistrationId, TurnId, WorkspaceId};
 use exec_gateway::protocol::rest::ConnectResponse;
 use exec_gateway::store::KeyPurpose;
-use futures_util::SinkExt;
+use futures_util::{SinkExt, StreamExt};
 use serde_json::json;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::harness::TONGUES;
 use crate::links::{HANDSHAKE, Scene};
-use crate::support::harness::{HarnessKeys, connect, dial};
+use crate::support::harness::{Farewell, HarnessKeys, connect, dial};
 use crate::support::{Answer, Caller, Harness, Reply, TestGateway, Tongue, eventually};
 
 const ENDED: (u16, &str) = (1008, "the right to this executor has ended");
@@ -425,11 +425,142 @@ async fn a_handshake_that_fails_after_its_harness_has_left_counts() {
 
 #[tokio::test]
 async fn the_executor_is_told_when_a_harness_leaves() {
-    let scene = Scene::start().await;
+    // Who leaves with a farewell is not waited for, and the others this long.
+    let scene = Scene::with(|config| config.link.comeback_wait_secs = 600).await;
     for (left, tongue) in (1..).zip(TONGUES) {
-        drop(scene.harness(&scene.caller, tongue).await);
+        let mut harness = scene.harness(&scene.caller, tongue).await;
+        harness.socket.close(None).await.unwrap();
         eventually("the stream is reset", async || (scene.executor.asked("reset") == left).then_some(())).await;
     }
+}
+
+/// Breaks the harness's socket without a farewell.
+async fn cut(harness: &mut Harness) {
+    use tokio::io::AsyncWriteExt;
+    harness.socket.get_mut().shutdown().await.unwrap();
+}
+
+const UNRESUMABLE: (u16, &str) = (1013, "the stream cannot be resumed");
+
+async fn assert_unresumable(came_back: Result<(), Farewell>) {
+    let farewell = came_back.expect_err("it has no way back").expect("a farewell");
+    assert_eq!((u16::from(farewell.code), &*farewell.reason), UNRESUMABLE);
+}
+
+#[tokio::test]
+async fn a_stream_that_waits_is_taken_up_by_its_own_harness_alone() {
+    let scene = Scene::with(|config| config.link.comeback_wait_secs = 600).await;
+    let (sharer, colleague) = (scene.sharer().await, scene.gateway.caller("w").await);
+    for tongue in [Tongue::Frames, Tongue::Encrypted] {
+        let mut harness = scene.harness(&scene.caller, tongue).await;
+        cut(&mut harness).await;
+        let stranger = scene.gateway.stranger();
+        let others = [
+            // Another workspace, another credential of its own, and with either another harness's key.
+            (sharer.clone(), scene.door()),
+            (colleague.clone(), scene.door()),
+            (stranger.clone(), scene.way(&sharer).await.2),
+            (stranger.clone(), scene.way(&colleague).await.2),
+            (stranger, scene.way(&scene.caller).await.2),
+        ];
+        for (caller, path) in &others {
+            assert_unresumable(harness.come_back_as(caller, path).await).await;
+        }
+        // Its own credential opens no other stream.
+        let stream = std::mem::replace(&mut harness.stream, StreamId::new("other").unwrap());
+        assert_unresumable(harness.come_back().await).await;
+        harness.stream = stream;
+        harness.come_back().await.unwrap();
+        assert_lives(&mut harness).await;
+    }
+    assert_eq!(scene.executor.asked("reset"), 0);
+}
+
+#[tokio::test]
+async fn a_harness_that_comes_back_before_its_socket_is_known_to_be_dead_takes_its_stream_along() {
+    let scene = Scene::start().await;
+    for tongue in [Tongue::Frames, Tongue::Encrypted] {
+        let mut harness = scene.harness(&scene.caller, tongue).await;
+        let (caller, path) = harness.way.clone().unwrap();
+        let former = std::mem::replace(&mut harness.socket, dial(&caller, &path).await.unwrap());
+        harness.come_back().await.unwrap();
+        assert_lives(&mut harness).await;
+        let mut former = Harness::plain(former, Tongue::Frames);
+        assert!(former.farewell().await.is_none(), "it is closed");
+    }
+    assert_eq!(scene.executor.asked("reset"), 0);
+}
+
+#[tokio::test]
+async fn a_harness_that_does_not_come_back_in_time_is_told_that_its_stream_has_ended() {
+    let scene = Scene::with(|config| config.link.comeback_wait_secs = 1).await;
+    for (ended, tongue) in (1..).zip([Tongue::Frames, Tongue::Encrypted]) {
+        let mut harness = scene.harness(&scene.caller, tongue).await;
+        cut(&mut harness).await;
+        eventually("the stream is reset", async || (scene.executor.asked("reset") == ended).then_some(())).await;
+        assert_unresumable(harness.come_back().await).await;
+    }
+}
+
+#[tokio::test]
+async fn a_harness_that_lacks_more_than_is_kept_is_told_that_its_stream_has_ended() {
+    let scene = Scene::with(|config| config.link.comeback_bytes_max = 0).await;
+    for (ended, tongue) in (1..).zip([Tongue::Frames, Tongue::Encrypted]) {
+        let mut harness = scene.harness(&scene.caller, tongue).await;
+        harness.say(&json!({ "id": 7, "method": "fs/getMetadata", "params": { "path": "file:///a" } })).await;
+        // Not heard: it was written to the socket that breaks now.
+        harness.socket.next().await.unwrap().unwrap();
+        cut(&mut harness).await;
+        assert_unresumable(harness.come_back().await).await;
+        eventually("the stream is reset", async || (scene.executor.asked("reset") == ended).then_some(())).await;
+    }
+}
+
+#[tokio::test]
+async fn an_encrypted_harness_that_begins_anew_lets_its_former_stream_go() {
+    // Its executor session is attached to that stream; stock harnesses resume the session on a new one.
+    let scene = Scene::with(|config| config.link.comeback_wait_secs = 600).await;
+    let (keys, way, path) = scene.way(&scene.caller).await;
+    let open = async || {
+        let socket = dial(&scene.gateway.stranger(), &path).await.unwrap();
+        let mut harness = Harness::shake_hands(socket, &keys, &way).await.unwrap();
+        harness.initialize(None).await.unwrap();
+        harness
+    };
+    let mut former = open().await;
+    cut(&mut former).await;
+    let mut harness = open().await;
+    eventually("the former stream is reset", async || (scene.executor.asked("reset") == 1).then_some(())).await;
+    assert_lives(&mut harness).await;
+    let caller = scene.gateway.stranger();
+    assert_unresumable(former.come_back_as(&caller, &path).await).await;
+}
+
+#[tokio::test]
+async fn the_right_to_a_stream_ends_while_it_waits() {
+    let scene = Scene::with(|config| config.link.comeback_wait_secs = 600).await;
+    let (leaver, id) = scene.gateway.caller_and_token("w").await;
+    for tongue in [Tongue::Frames, Tongue::Encrypted] {
+        cut(&mut scene.harness(&leaver, tongue).await).await;
+    }
+    assert_eq!(scene.executor.asked("reset"), 0);
+    scene.gateway.admin(Request::TokenRevoke { id }).await;
+    eventually("both streams are reset", async || (scene.executor.asked("reset") == 2).then_some(())).await;
+    scene.all_have_left().await;
+}
+
+#[tokio::test]
+async fn streams_that_wait_leave_half_of_the_places_to_others() {
+    let scene = Scene::with(|config| {
+        config.link.comeback_wait_secs = 600;
+        config.link.workspace_streams_max = 4;
+    })
+    .await;
+    for _ in 0..6 {
+        cut(&mut scene.harness(&scene.caller, Tongue::Frames).await).await;
+    }
+    eventually("the others were reset", async || (scene.executor.asked("reset") == 4).then_some(())).await;
+    assert_lives(&mut scene.harness(&scene.caller, Tongue::Encrypted).await).await;
 }
 
 #[tokio::test]

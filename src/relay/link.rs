@@ -251,6 +251,13 @@ impl LinkHandle {
         self.routes().have_room(workspace, &self.0.settings)
     }
 
+    /// Whether no more than half of the places of the link are taken, and of those of the workspace on it.
+    pub(super) fn has_half_free(&self, workspace: &WorkspaceId) -> bool {
+        let (routes, settings) = (self.routes(), &self.0.settings);
+        let of_workspace = routes.per_workspace.get(workspace).copied().unwrap_or(0);
+        routes.streams.len() * 2 <= settings.streams_max && of_workspace * 2 <= settings.workspace_streams_max
+    }
+
     /// Opens a stream under an id of the gateway's choice.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Harnesses that may not, that talk nonsense, that leave or are left, and whose right ends: what becomes of them, and
 //! that nobody else notices.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use exec_gateway::admin::{Request, Response};
@@ -18,7 +18,7 @@ use tokio_tungstenite::tungstenite::Message;
 use crate::harness::TONGUES;
 use crate::links::{HANDSHAKE, Scene};
 use crate::support::harness::{Farewell, HarnessKeys, connect, dial};
-use crate::support::{Answer, Caller, Harness, Reply, TestGateway, Tongue, eventually};
+use crate::support::{Answer, Caller, Harness, Reply, TestGateway, Tongue, Wire, eventually};
 
 const ENDED: (u16, &str) = (1008, "the right to this executor has ended");
 
@@ -150,6 +150,33 @@ async fn who_may_not_open_a_socket_is_told_in_the_words_of_the_original() {
     let offline = gateway.executor("w", "offline").await;
     let answer = upgrade(&scene.caller, &format!("/bridge/{}", offline.executor)).await;
     assert_refused(&answer, 503, "executor not connected");
+}
+
+#[tokio::test]
+async fn a_connection_that_asked_for_the_way_to_an_executor_ends_with_any_answer() {
+    let scene = Scene::with(|config| config.edge.idle_timeout_secs = 3600).await;
+    let offline = scene.gateway.executor("w", "offline").await.executor;
+    let foreign = scene.gateway.executor("other", "box").await.executor;
+    let good = json!({ "harness_public_key": HarnessKeys::new().public() }).to_string();
+    let token = scene.caller.token.as_deref().unwrap();
+    for (executor, token, body, status) in [
+        (&scene.credentials.executor, token, good.as_str(), 200),
+        (&scene.credentials.executor, token, "{}", 400),
+        (&scene.credentials.executor, "junk", &good, 401),
+        (&foreign, token, &good, 403),
+        (&offline, token, &good, 503),
+    ] {
+        let mut wire = Wire::connect(scene.gateway.address()).await;
+        wire.send(&format!(
+            "POST /cloud/environment/{executor}/connect HTTP/1.1\r\nhost: gw\r\nauthorization: Bearer {token}\r\n\
+             content-length: {}\r\n\r\n{body}",
+            body.len()
+        ))
+        .await;
+        let answer = wire.until_closed().await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+        assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+    }
 }
 
 #[tokio::test]
@@ -731,4 +758,31 @@ async fn what_was_revoked_stays_so_after_a_restart() {
     assert_eq!(dial(&again(&leaver), &door).await.err().unwrap(), (401, "unauthorized\n".into()));
     assert_eq!(dial(&again(&turn), &door).await.err().unwrap(), (401, "turn revoked\n".into()));
     assert_eq!(dial(&gateway.stranger(), &way).await.err().unwrap(), (401, "unauthorized\n".into()));
+}
+
+#[tokio::test]
+async fn a_workspace_that_was_revoked_stays_so_after_a_restart_and_its_later_cap_tokens_open() {
+    let scene = Scene::start().await;
+    let (door, workspace) = (scene.door(), WorkspaceId::new("w").unwrap());
+    let revoked = [scene.cap_token("one", 600).await, scene.cap_token("another", 600).await];
+    let way = scene.way(&scene.bearing(revoked[0].clone())).await.2;
+    scene.gateway.admin(Request::RevokeWorkspace { workspace: workspace.clone() }).await;
+    let state = scene.gateway.state.clone();
+    drop(scene);
+
+    let gateway = TestGateway::on(state, |_| {}).await;
+    let bearing = |token: String| Caller::new(gateway.address(), Some(token));
+    for token in revoked {
+        assert_eq!(dial(&bearing(token), &door).await.err().unwrap(), (401, "turn revoked\n".into()));
+    }
+    assert_eq!(dial(&gateway.stranger(), &way).await.err().unwrap(), (401, "turn revoked\n".into()));
+    // Both times are in seconds: one of the same second may be from before.
+    let ttl = Duration::from_secs(600);
+    let answer = eventually("a later one opens", async || {
+        let mint = Request::CapToken { workspace: workspace.clone(), turn: None, user: None, ttl };
+        let Response::CapToken { token } = gateway.admin(mint).await else { panic!("no cap-token") };
+        dial(&bearing(token.expose().to_owned()), &door).await.err().filter(|(status, _)| *status != 401)
+    })
+    .await;
+    assert_eq!(answer, (503, "executor not connected\n".into()), "it has the right, and nobody is there");
 }

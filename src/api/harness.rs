@@ -109,7 +109,17 @@ async fn link(api: &Api, binding: &Binding) -> Result<LinkHandle, ApiError> {
 }
 
 /// `POST /cloud/environment/{id}/connect`: the way to an encrypted executor, for one harness key and a short time.
+///
+/// Its connection ends with the answer, also with one that says to try again: a harness asks the moment its socket breaks,
+/// and gives up for good when the connection that it kept from the last time has broken as well.
 pub async fn connect(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let close = HeaderValue::from_static("close");
+    let mut answer = way(api, id, request).await.map_err(|error| error.with_header(CONNECTION, close.clone()))?;
+    answer.headers_mut().insert(CONNECTION, close);
+    Ok(answer)
+}
+
+async fn way(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     api.refuse_while_draining()?;
     let principal = super::rest::caller(api, &request).await?;
     let (workspace, binding) = reach(api, &principal, id).await?;
@@ -126,7 +136,7 @@ pub async fn connect(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Re
     // For our door alone: the authorization is shown to the executor too, and tells nothing about the caller.
     let credential = api.corridor.auth.resume_names().seal_bearer(&registration.executor, bearer(&head.headers)?);
     let base = executor::websocket_base(api, &head.headers);
-    let mut answer = json(&ConnectResponse {
+    Ok(json(&ConnectResponse {
         environment_id: id.to_owned(),
         // All three consist of characters that need no escaping in a query.
         url: format!("{base}/bridge/{id}?token={authorization}&by={credential}"),
@@ -134,11 +144,7 @@ pub async fn connect(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Re
         executor_registration_id: registration.id.to_string(),
         executor_public_key,
         harness_key_authorization: authorization,
-    });
-    // A harness asks again the moment its socket breaks, and gives up for good when the connection that it kept from the
-    // last time has broken as well.
-    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-    Ok(answer)
+    }))
 }
 
 fn public_key(registration: &Registration) -> Option<HarnessKey> {

@@ -206,6 +206,8 @@ config! {
         message_bytes_max: usize = 64 * 1024 * 1024 => 4096..=67_108_864,
         /// Size of one frame from an executor without relay frames, in bytes: such executors send a whole answer in one.
         json_frame_bytes_max: usize = 96 * 1024 * 1024 => 65_536..=1024 * 1024 * 1024,
+        /// How long, after a restart of the gateway, processes on such an executor wait for their callers before they are ended, in seconds; executors keep a session for 80.
+        adopt_secs: u64 = 80 => 1..=80,
         /// Sessions of callers on such an executor, those included that wait to be taken up again.
         sessions_max: usize = 512 => 1..=65_536,
         /// Read buffer of one executor's socket, in bytes.

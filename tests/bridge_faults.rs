@@ -1,16 +1,55 @@
 //! Harnesses that may not, that talk nonsense, that leave or are left, and whose right ends: what becomes of them, and
 //! that nobody else notices.
+//!
+//! Where each check of the original's door (connectors-api.md §2.4) and each of its faults in tokens and on the data path
+//! (§10, 18 to 44) has its test, here unless a file is named; names are cut where the first words tell:
+//!
+//! | of the original | test |
+//! |---|---|
+//! | checks 1 to 4, 6: credential, revoked turn, no socket | `who_may_not_open_a_socket_…` |
+//! | check 5: ownership; it cannot be looked up | `executors_of_others_…`, `a_right_that_cannot_be_looked_up_…` |
+//! | check 7: no origin check, no read limit | `a_browser_of_any_origin_…`, `a_message_that_is_too_large_…` |
+//! | check 9: first frame | `first_words_that_make_no_harness_…` |
+//! | equal stream ids, frames of others, text, no frames | `a_stream_id_in_use_…`, `frames_that_are_torn_…` |
+//! | ping | `a_harness_that_answers_no_ping_…` |
+//! | 18 a token that is minted once | unit tests of `auth::cap_token` |
+//! | 19 revocations | `what_was_revoked_…`, `a_workspace_that_was_…`, `revoking_…` |
+//! | 20 claims, key rotation | unit tests of `auth::cap_token` |
+//! | 21 empty secret, binding anything | compat: `a_door_without_its_secret_…`, `binding_says_what_is_wrong_…` |
+//! | 22 one secret for two ends, tickets in logs | links: `a_ticket_that_does_not_open_…`; cli: `no_line_of_the_log_…` |
+//! | 23 register while the validator is down, what it tells | registration: `a_register_while_…`, `somebody_elses_…` |
+//! | 24 doors without a credential | registration: `a_register_without_…`; `an_authorization_opens_for_…` |
+//! | 25 forged Host | registration: `a_hostile_host_…`, `the_configured_url_wins_…` |
+//! | 27 one slow reader | harness: `a_harness_that_reads_later_…`; links: `an_executor_that_never_reads_…` |
+//! | 28 sizes, numbers, half-open sockets | limits; `a_message_that_is_too_large_…`; links: `a_frame_past_the_bound_…` |
+//! | 29 no reset | `the_executor_is_told_when_…` |
+//! | 30 reconnect race | links: `the_end_of_old_links_…` |
+//! | 31 dead peers | links: `an_executor_that_answers_no_ping_…`; `a_harness_that_answers_no_ping_…` |
+//! | 32 unbinding | `unbinding_ends_…`; restart: `unbinding_ends_…`; tenancy: `one_executor_serves_…` |
+//! | 33 what does not decode, no first frame | `frames_that_are_torn_…`, `first_words_that_make_no_harness_…` |
+//! | 34 segments, resets, shared dials, notifications | matrix: `a_message_that_a_…`; tenancy: `a_first_caller_…`; shell |
+//! | 35 calls that leave by the public URL | registration: `a_public_url_that_leads_nowhere_…` |
+//! | 36 nothing is evicted | tenancy: `an_idle_workspace_…`, `a_workspace_is_built_once_…` |
+//! | 37 no resume | relink; harness: `a_plain_harness_resumes_…`, `a_harness_whose_socket_is_cut_…` |
+//! | 38 state in memory | restart: `the_same_executor_is_back_…`; sessions: `nothing_is_lost_…`; codex_harness |
+//! | 39 health, metrics, request ids | registration: `a_gateway_whose_store_is_away_…`; rest: `every_answer_carries_…` |
+//! | 40 configuration | cli: `check_names_every_fault_…`, `config_names_the_source_…` |
+//! | 41 unknown names | `workspace::resolver`; rest: `an_unknown_environment_…` |
+//! | 42 defaults, names | store: `a_workspace_has_one_default_…`; compat: `binding_says_what_is_wrong_…` |
+//! | 43 deleting | `deleting_an_executor_…`; compat: `a_machine_is_registered_…` |
+//! | 44 last seen | restart: `after_a_crash_…`; compat: `an_executor_that_left_…` |
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use exec_gateway::admin::{Request, Response};
+use exec_gateway::ops::metrics::OutcomeLabel;
 use exec_gateway::protocol::cap_token::{self, CapClaims};
 use exec_gateway::protocol::frame::{Body, Data, Frame, StreamId};
 use exec_gateway::protocol::harness_token::{self, HarnessClaims, KeyDigest};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, RegistrationId, TurnId, WorkspaceId};
 use exec_gateway::protocol::rest::ConnectResponse;
-use exec_gateway::store::KeyPurpose;
+use exec_gateway::store::{KeyPurpose, path_in};
 use futures_util::{SinkExt, StreamExt};
 use serde_json::json;
 use tokio_tungstenite::tungstenite::Message;
@@ -134,6 +173,9 @@ async fn who_may_not_open_a_socket_is_told_in_the_words_of_the_original() {
     let upgrade = async |caller: &Caller, path: &str| caller.send("GET", path, &HANDSHAKE, "").await;
 
     assert_refused(&upgrade(&gateway.stranger(), &path).await, 401, "missing Bearer");
+    assert_refused(&upgrade(&gateway.stranger(), &format!("{path}?token=")).await, 401, "missing Bearer");
+    assert_refused(&upgrade(&scene.bearing(String::new()), &path).await, 401, "missing Bearer");
+    assert_eq!(upgrade(&scene.caller, "/bridge/").await.status, 404);
     assert_refused(&upgrade(&scene.bearing("junk".into()), &path).await, 401, "unauthorized");
     let expired = scene.cap_token("turn", -1).await;
     assert_refused(&upgrade(&scene.bearing(expired), &path).await, 401, "token expired");
@@ -192,6 +234,52 @@ async fn executors_of_others_answer_as_ones_that_do_not_exist() {
         answers.push((answer.headers, answer.body));
     }
     assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+}
+
+#[tokio::test]
+async fn a_right_that_cannot_be_looked_up_is_neither_granted_nor_refused() {
+    let scene = Scene::start().await;
+    // Nobody has asked for the environments of this workspace before, and its cap-token takes no look at the store.
+    let caller = scene.bearing(scene.cap_token("turn", 600).await);
+    let store = rusqlite::Connection::open(path_in(scene.gateway.state.path())).unwrap();
+    store.execute_batch("ALTER TABLE bindings RENAME TO away").unwrap();
+    assert_eq!(dial(&caller, &scene.door()).await.err().unwrap().0, 503);
+    store.execute_batch("ALTER TABLE away RENAME TO bindings").unwrap();
+    eventually("the right is known again", async || dial(&caller, &scene.door()).await.ok()).await;
+}
+
+#[tokio::test]
+async fn a_browser_of_any_origin_comes_in_by_its_sub_protocol() {
+    let scene = Scene::start().await;
+    let offered = format!("bearer.{}", scene.caller.token.as_deref().unwrap());
+    let mut headers = HANDSHAKE.to_vec();
+    headers.extend([("origin", "https://elsewhere.example"), ("sec-websocket-protocol", offered.as_str())]);
+    let answer = scene.gateway.stranger().request("GET", &scene.door(), &headers, "").await.unwrap();
+    assert_eq!(answer.status(), 101);
+    assert_eq!(answer.headers()["sec-websocket-protocol"], offered);
+}
+
+#[tokio::test]
+async fn a_harness_that_answers_no_ping_for_too_long_is_gone() {
+    let scene = Scene::with(|config| (config.link.ping_secs, config.link.dead_secs) = (1, 2)).await;
+    let silent = scene.harnesses(&scene.caller).await;
+    let ends = &scene.gateway.gateway.api().metrics.harnesses_ended;
+    let mut talking = scene.harness(&scene.caller, Tongue::Frames).await;
+    let gone = async {
+        eventually("all silent ones are gone", async || {
+            (ends.get_or_create(&OutcomeLabel { outcome: "silent" }).get() == silent.len() as u64).then_some(())
+        })
+        .await;
+    };
+    let mut gone = std::pin::pin!(gone);
+    loop {
+        tokio::select! {
+            () = &mut gone => break,
+            () = assert_lives(&mut talking) => {}
+        }
+    }
+    assert_lives(&mut talking).await;
+    assert!(!scene.link.is_ended());
 }
 
 #[tokio::test]
@@ -367,13 +455,14 @@ async fn a_million_tiny_frames_pass_while_the_neighbours_are_served() {
             }
             assert_lives(&mut harness).await;
         };
-        let mut flood = std::pin::pin!(flood);
+        let (mut flood, mut served) = (std::pin::pin!(flood), 0);
         loop {
             tokio::select! {
                 () = &mut flood => break,
-                () = assert_lives(&mut neighbour) => {}
+                () = assert_lives(&mut neighbour) => served += 1,
             }
         }
+        assert!(served > 10, "{tongue:?}: {served}");
     }
 }
 

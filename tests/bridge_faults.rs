@@ -1,8 +1,8 @@
 //! Harnesses that may not, that talk nonsense, that leave or are left, and whose right ends: what becomes of them, and
 //! that nobody else notices.
 //!
-//! Where each check of the original's door (connectors-api.md §2.4) and each of its faults in tokens and on the data path
-//! (§10, 18 to 44) has its test, here unless a file is named; names are cut where the first words tell:
+//! Where each check of the original's door (connectors-api.md §2.4) and each of its faults in tokens and on the data
+//! path (§10, 18 to 44) has its test, here unless a file is named; names are cut where the first words tell:
 //!
 //! | of the original | test |
 //! |---|---|
@@ -16,23 +16,23 @@
 //! | 19 revocations | `what_was_revoked_…`, `a_workspace_that_was_…`, `revoking_…` |
 //! | 20 claims, key rotation | unit tests of `auth::cap_token` |
 //! | 21 empty secret, binding anything | compat: `a_door_without_its_secret_…`, `binding_says_what_is_wrong_…` |
-//! | 22 one secret for two ends, tickets in logs | links: `a_ticket_that_does_not_open_…`; cli: `no_line_of_the_log_…` |
-//! | 23 register while the validator is down, what it tells | registration: `a_register_while_…`, `somebody_elses_…` |
+//! | 22 one secret for two ends, tickets in logs | links: `a_ticket_that_…`; cli: `no_line_of_the_log_…` |
+//! | 23 register while the validator is down | registration: `a_register_while_…`, `somebody_elses_…` |
 //! | 24 doors without a credential | registration: `a_register_without_…`; `an_authorization_opens_for_…` |
 //! | 25 forged Host | registration: `a_hostile_host_…`, `the_configured_url_wins_…` |
 //! | 27 one slow reader | harness: `a_harness_that_reads_later_…`; links: `an_executor_that_never_reads_…` |
-//! | 28 sizes, numbers, half-open sockets | limits; `a_message_that_is_too_large_…`; links: `a_frame_past_the_bound_…` |
+//! | 28 sizes, half-open sockets | limits; `a_message_that_is_too_large_…`; links: `a_frame_past_the_bound_…` |
 //! | 29 no reset | `the_executor_is_told_when_…` |
 //! | 30 reconnect race | links: `the_end_of_old_links_…` |
 //! | 31 dead peers | links: `an_executor_that_answers_no_ping_…`; `a_harness_that_answers_no_ping_…` |
 //! | 32 unbinding | `unbinding_ends_…`; restart: `unbinding_ends_…`; tenancy: `one_executor_serves_…` |
 //! | 33 what does not decode, no first frame | `frames_that_are_torn_…`, `first_words_that_make_no_harness_…` |
-//! | 34 segments, resets, shared dials, notifications | matrix: `a_message_that_a_…`; tenancy: `a_first_caller_…`; shell |
+//! | 34 segments, shared dials, notifications | matrix: `a_message_that_a_…`; tenancy: `a_first_caller_…`; shell |
 //! | 35 calls that leave by the public URL | registration: `a_public_url_that_leads_nowhere_…` |
 //! | 36 nothing is evicted | tenancy: `an_idle_workspace_…`, `a_workspace_is_built_once_…` |
 //! | 37 no resume | relink; harness: `a_plain_harness_resumes_…`, `a_harness_whose_socket_is_cut_…` |
 //! | 38 state in memory | restart: `the_same_executor_is_back_…`; sessions: `nothing_is_lost_…`; codex_harness |
-//! | 39 health, metrics, request ids | registration: `a_gateway_whose_store_is_away_…`; rest: `every_answer_carries_…` |
+//! | 39 health, request ids | registration: `a_gateway_whose_store_is_away_…`; rest: `every_answer_carries_…` |
 //! | 40 configuration | cli: `check_names_every_fault_…`, `config_names_the_source_…` |
 //! | 41 unknown names | `workspace::resolver`; rest: `an_unknown_environment_…` |
 //! | 42 defaults, names | store: `a_workspace_has_one_default_…`; compat: `binding_says_what_is_wrong_…` |

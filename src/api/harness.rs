@@ -110,8 +110,8 @@ async fn link(api: &Api, binding: &Binding) -> Result<LinkHandle, ApiError> {
 
 /// `POST /cloud/environment/{id}/connect`: the way to an encrypted executor, for one harness key and a short time.
 ///
-/// Its connection ends with the answer, also with one that says to try again: a harness asks the moment its socket breaks,
-/// and gives up for good when the connection that it kept from the last time has broken as well.
+/// Its connection ends with the answer, also with one that says to try again: a harness asks the moment its socket
+/// breaks, and gives up for good when the connection that it kept from the last time has broken as well.
 pub async fn connect(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let close = HeaderValue::from_static("close");
     let mut answer = way(api, id, request).await.map_err(|error| error.with_header(CONNECTION, close.clone()))?;
@@ -206,7 +206,7 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
         let end = match served {
             Served::Ended(end) => end,
             Served::Back(comebacks, next_seq) => {
-                // The task that has the stream serves it from now on. Should it have ended this moment, so does the socket.
+                // The task that has the stream serves it from now on. Should that have ended this moment, so does this.
                 let _ = comebacks.try_send(socket.back(next_seq));
                 return;
             }

@@ -105,8 +105,8 @@ pub(super) struct WayBack<S> {
 impl<S> WayBack<S> {
     /// The harness's next socket, if it comes back in time.
     pub async fn wait(&mut self) -> Option<Comeback<S>> {
-        // Who has sent nothing has nothing to lose, and an encrypted one may not even have shaken hands. Streams that wait
-        // take no place that others may need.
+        // Who has sent nothing has nothing to lose, and an encrypted one may not even have shaken hands. Streams that
+        // wait take no place that others may need.
         if self.gateway_lacks == 0 || !self.link.has_half_free(&self.workspace) {
             return None;
         }

@@ -1,8 +1,8 @@
 //! A harness's socket: which kind of harness it is, and what it and its executor say to each other.
 //!
-//! The task that serves the socket owns it, and goes on for a moment when it breaks (`comeback`). Frames of an encrypted
-//! harness are handed on as they are and cannot be read here; messages of a plain one are, but only what concerns
-//! executor sessions is changed (`gate`).
+//! The task that serves the socket owns it, and goes on for a moment when it breaks (`comeback`). Frames of an
+//! encrypted harness are handed on as they are and cannot be read here; messages of a plain one are, but only what
+//! concerns executor sessions is changed (`gate`).
 
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -11,6 +11,8 @@ mod demo;
 mod operate;
 #[path = "exec-gateway/serve.rs"]
 mod serve;
+#[path = "exec-gateway/service_manager.rs"]
+mod service_manager;
 #[path = "exec-gateway/show.rs"]
 mod show;
 #[path = "exec-gateway/table.rs"]

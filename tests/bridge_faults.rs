@@ -32,7 +32,7 @@
 //! | 36 nothing is evicted | tenancy: `an_idle_workspace_…`, `a_workspace_is_built_once_…` |
 //! | 37 no resume | relink; harness: `a_plain_harness_resumes_…`, `a_harness_whose_socket_is_cut_…` |
 //! | 38 state in memory | restart: `the_same_executor_is_back_…`; sessions: `nothing_is_lost_…`; codex_harness |
-//! | 39 health, request ids | registration: `a_gateway_whose_store_is_away_…`; rest: `every_answer_carries_…` |
+//! | 39 health, request ids | ops: `a_gateway_whose_store_is_away_…`; rest: `every_answer_carries_…` |
 //! | 40 configuration | cli: `check_names_every_fault_…`, `config_names_the_source_…` |
 //! | 41 unknown names | `workspace::resolver`; rest: `an_unknown_environment_…` |
 //! | 42 defaults, names | store: `a_workspace_has_one_default_…`; compat: `binding_says_what_is_wrong_…` |

@@ -23,7 +23,7 @@ use crate::edge::body::{self, Body};
 use crate::ops::metrics::CallLabels;
 use crate::protocol::rest::{Env, EnvList, Ran, ToolCall, ToolResult};
 use crate::time::rfc3339;
-use crate::tools::{Call, Tool};
+use crate::tools::{Call, Effect, Tool};
 use crate::workspace::Workspace;
 
 pub(super) async fn caller(api: &Api, request: &Request<Incoming>) -> Result<Principal, ApiError> {
@@ -72,9 +72,9 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
     let call: ToolCall = parse(&body)?;
     drop(body);
     let tool = Tool::named(&call.tool)
-        .filter(|tool| workspace.tools().contains(tool))
+        .filter(|tool| workspace.tools().iter().any(|known| known.name() == tool.name()))
         .ok_or_else(|| ApiError::new(400, "unknown_tool", format!("no such tool: {}", call.tool)))?;
-    if principal.scopes().read_only && !tool.is_read_only() {
+    if principal.scopes().read_only && tool.effect() != Effect::Reads {
         return Err(ApiError::new(403, "forbidden", format!("the token may only read, and {} does more", tool.name())));
     }
     check_environment(name, &call)?;
@@ -106,17 +106,17 @@ type RunningCall = dyn Future<Output = Result<ToolResult, ApiError>> + Send;
 async fn run(
     api: Arc<Api>,
     workspace: Arc<Workspace>,
-    tool: Tool,
+    tool: &'static Tool,
     environment: String,
     key: Option<String>,
     call: ToolCall,
 ) -> Result<ToolResult, ApiError> {
     let started = Instant::now();
     let result = async {
-        let binding = workspace.environment(&environment).await?;
         let (settings, sessions) = (api.tools.clone(), api.sessions.clone());
-        let call = Call { workspace, binding, settings, started, sessions, key, arguments: call.arguments };
-        Ok::<_, ApiError>(tool.call(call).await?)
+        let arguments = call.arguments;
+        let call = Call { workspace, settings, started, sessions, key };
+        Ok::<_, ApiError>(tool.call(&call, &environment, arguments).await?)
     }
     .await;
     let outcome = match &result {

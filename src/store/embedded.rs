@@ -261,14 +261,7 @@ impl Store {
             let stored = tx.execute(
                 "INSERT INTO registrations (id, executor, transport, public_key, credential, created_at)
                  VALUES (?, ?, ?, ?, ?, ?)",
-                params![
-                    id.as_str(),
-                    executor.as_str(),
-                    transport_name(*transport),
-                    public_key,
-                    credential,
-                    nanos(*created_at)
-                ],
+                params![id.as_str(), executor.as_str(), transport.name(), public_key, credential, nanos(*created_at)],
             );
             let taken = || StoreError::Conflict(format!("registration {id} belongs to another executor"));
             stored.map_err(|error| or_conflict(error, taken))?;
@@ -716,7 +709,7 @@ const REGISTRATION: &str = "id, executor, transport, public_key, credential, cre
 
 fn registration_from(row: &Row<'_>) -> rusqlite::Result<Registration> {
     let name: String = row.get(2)?;
-    let transport = TRANSPORTS.into_iter().find(|transport| transport_name(*transport) == name);
+    let transport = TRANSPORTS.into_iter().find(|transport| transport.name() == name);
     Ok(Registration {
         id: parsed(row, 0)?,
         executor: parsed(row, 1)?,
@@ -757,15 +750,6 @@ fn scope_names(scope: &RevocationScope) -> (&'static str, &str) {
 }
 
 const TRANSPORTS: [Transport; 4] = [Transport::Noise, Transport::Relay, Transport::Direct, Transport::Agentx];
-
-fn transport_name(transport: Transport) -> &'static str {
-    match transport {
-        Transport::Noise => "noise",
-        Transport::Relay => "relay",
-        Transport::Direct => "direct",
-        Transport::Agentx => "agentx",
-    }
-}
 
 fn purpose_name(purpose: KeyPurpose) -> &'static str {
     match purpose {

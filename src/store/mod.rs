@@ -120,6 +120,16 @@ pub enum Transport {
 }
 
 impl Transport {
+    /// Its word, in the store and for operators.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Noise => "noise",
+            Self::Relay => "relay",
+            Self::Direct => "direct",
+            Self::Agentx => "agentx",
+        }
+    }
+
     /// Whether all callers share the one JSON-RPC session of the socket: there are no relay frames on it.
     pub fn is_shared(self) -> bool {
         matches!(self, Self::Direct | Self::Agentx)

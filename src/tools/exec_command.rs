@@ -3,16 +3,24 @@
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
-use serde::Deserialize;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 
 use super::command::Command;
-use super::{Call, Tool, ToolError, coded_failure, resolve};
+use super::{Effect, Run, Site, Tool, ToolError, coded_failure, parse, resolve};
 use crate::protocol::rest::ToolResult;
 use crate::session::{SessionError, StartRequest, StdinMode};
 use crate::workspace::pool::Use;
 
-pub(super) const DESCRIPTION: &str = "Start a long-running process (returns session_id).";
+pub(super) const TOOL: Tool = Tool {
+    name: "exec_command",
+    description: "Start a process that goes on after this call, and return its session_id. Its output is kept, also \
+                  after its end: read it with read_output, write to it with write_stdin, end it with terminate. The \
+                  process survives lost connections.",
+    effect: Effect::Destroys,
+    input: |schemas| schemas.root_schema_for::<Arguments>(),
+    output: |schemas| schemas.root_schema_for::<Output>(),
+    run: Run::At(|site, arguments| Box::pin(async move { call(site, parse(arguments)?).await })),
+};
 
 /// Longest label, in characters.
 const LABEL_MAX: usize = 200;
@@ -22,7 +30,7 @@ const KEY_BYTES_MAX: usize = 255;
 
 /// Arguments of `exec_command`.
 #[derive(Deserialize, JsonSchema)]
-pub(super) struct Arguments {
+struct Arguments {
     /// Program and arguments as an array, or one string for the environment's shell.
     command: Command,
     /// Working directory; the executor's own when left out. Relative paths and `~` are taken on the executor.
@@ -62,8 +70,15 @@ impl Arguments {
     }
 }
 
-pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
-    let arguments: Arguments = call.arguments()?;
+/// The structured part of the answer.
+#[derive(Serialize, JsonSchema)]
+struct Output<'a> {
+    /// Names the process in every call that follows.
+    session_id: &'a str,
+}
+
+async fn call(site: Site<'_>, arguments: Arguments) -> Result<ToolResult, ToolError> {
+    let call = site.call;
     let stdin = arguments.stdin();
     if arguments.timeout_ms == Some(0) {
         return Err(ToolError::Arguments("timeout_ms: expected at least 1".into()));
@@ -79,7 +94,7 @@ pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
     super::command::check_env(&env)?;
     let deadline = call.deadline(None)?;
     // Shell, working directory and paths are those of the machine, which the workspace's own conversation knows.
-    let client = call.client(Use::Processes, deadline).await?;
+    let client = site.client(Use::Processes, deadline).await?;
     let environment = client.environment();
     let cwd = resolve(environment, "cwd", arguments.cwd.as_deref().unwrap_or("."))?;
     let request = StartRequest {
@@ -92,14 +107,12 @@ pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
         label: arguments.label,
     };
     let wait = deadline.saturating_duration_since(tokio::time::Instant::now());
-    match call.sessions.start(&call.workspace, &call.binding, request, key, wait).await {
+    match call.sessions.start(&call.workspace, site.binding, request, key, wait).await {
         Ok(session) => {
-            let started = json!({ "session_id": session.id.as_str() });
+            let started = serde_json::to_value(Output { session_id: session.id.as_str() }).expect("plain data");
             Ok(ToolResult { structured_content: Some(started.clone()), ..ToolResult::text(started.to_string()) })
         }
-        Err(SessionError::NotStarted(why)) => {
-            Ok(coded_failure("not_started", format!("{} failed: {why}", Tool::ExecCommand.name())))
-        }
+        Err(SessionError::NotStarted(why)) => Ok(coded_failure("not_started", format!("{} failed: {why}", TOOL.name))),
         Err(error) => Err(ToolError::Session(error)),
     }
 }

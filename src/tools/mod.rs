@@ -4,16 +4,21 @@
 
 mod command;
 mod exec_command;
+mod execution;
 mod open_file;
 mod process;
 mod read_file;
+mod script;
 mod shell;
 mod write_file;
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use schemars::Schema;
+use schemars::generate::{SchemaGenerator, SchemaSettings};
 use serde::de::DeserializeOwned;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
@@ -33,25 +38,41 @@ use crate::workspace::{ReachError, Workspace};
 const RELINK_PAUSE: Duration = Duration::from_millis(100);
 const RELINK_PAUSE_MAX: Duration = Duration::from_secs(2);
 
-/// One tool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Tool {
-    /// Runs a command to its end.
-    Shell,
-    /// Reads a file or a slice of it.
-    ReadFile,
-    /// Writes a file.
-    WriteFile,
-    /// Starts a process session.
-    ExecCommand,
+/// One tool: what callers are told about it, and what it does.
+pub struct Tool {
+    name: &'static str,
+    /// Written for a model: what it does, its limits, what comes back.
+    description: &'static str,
+    effect: Effect,
+    input: fn(&mut SchemaGenerator) -> Schema,
+    output: fn(&mut SchemaGenerator) -> Schema,
+    run: Run,
 }
 
-/// One call of a tool, ready to run.
+/// What a tool may do to what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing: a token that only reads may call it.
+    Reads,
+    /// It adds, and takes nothing away.
+    Adds,
+    /// It may replace, remove or end something.
+    Destroys,
+}
+
+/// How a tool runs: at one environment, or for the workspace as a whole.
+enum Run {
+    At(for<'a> fn(Site<'a>, Value) -> Running<'a>),
+    #[expect(dead_code, reason = "the tools of the whole workspace are not there yet")]
+    Workspace(for<'a> fn(&'a Call, Value) -> Running<'a>),
+}
+
+type Running<'a> = Pin<Box<dyn Future<Output = Result<ToolResult, ToolError>> + Send + 'a>>;
+
+/// One call of a tool, as a door hands it in.
 pub struct Call {
     /// Who calls.
     pub workspace: Arc<Workspace>,
-    /// Where it runs.
-    pub binding: Binding,
     /// Bounds and times.
     pub settings: Arc<config::Tools>,
     /// When the call arrived: its timeout counts from here.
@@ -60,8 +81,13 @@ pub struct Call {
     pub sessions: Arc<Sessions>,
     /// The caller's `Idempotency-Key`.
     pub key: Option<String>,
-    /// As the caller wrote them.
-    pub arguments: Value,
+}
+
+/// One environment as one call works at it.
+#[derive(Clone, Copy)]
+pub(super) struct Site<'a> {
+    call: &'a Call,
+    binding: &'a Binding,
 }
 
 /// Why a tool did not run to a result.
@@ -94,105 +120,103 @@ pub enum ToolError {
 }
 
 impl Tool {
-    /// Every tool, in the order of the original's list.
-    pub const ALL: &'static [Self] = &[Self::Shell, Self::ReadFile, Self::WriteFile, Self::ExecCommand];
+    /// Every tool, those of the original first and in its order.
+    pub const ALL: &'static [&'static Self] = &[&shell::TOOL, &read_file::TOOL, &write_file::TOOL, &exec_command::TOOL];
 
     /// The tool of that name.
-    pub fn named(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|tool| tool.name() == name)
+    pub fn named(name: &str) -> Option<&'static Self> {
+        Self::ALL.iter().copied().find(|tool| tool.name == name)
     }
 
     /// Its name on the wire.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Shell => "shell",
-            Self::ReadFile => "read_file",
-            Self::WriteFile => "write_file",
-            Self::ExecCommand => "exec_command",
-        }
+    pub fn name(&self) -> &'static str {
+        self.name
     }
 
-    /// Whether it changes nothing, so that a read-only token may call it.
-    pub fn is_read_only(self) -> bool {
-        matches!(self, Self::ReadFile)
+    /// What it may do to what is there.
+    pub fn effect(&self) -> Effect {
+        self.effect
     }
 
-    fn description(self) -> &'static str {
-        match self {
-            Self::Shell => shell::DESCRIPTION,
-            Self::ReadFile => read_file::DESCRIPTION,
-            Self::WriteFile => write_file::DESCRIPTION,
-            Self::ExecCommand => exec_command::DESCRIPTION,
-        }
+    /// Whether it works at one environment, rather than in the workspace as a whole.
+    pub fn needs_environment(&self) -> bool {
+        matches!(self.run, Run::At(_))
     }
 
-    fn input_schema(self) -> Value {
-        let schema = match self {
-            Self::Shell => schemars::schema_for!(shell::Arguments),
-            Self::ReadFile => schemars::schema_for!(read_file::Arguments),
-            Self::WriteFile => schemars::schema_for!(write_file::Arguments),
-            Self::ExecCommand => schemars::schema_for!(exec_command::Arguments),
-        };
-        let mut schema = schema.to_value();
-        if let Some(schema) = schema.as_object_mut() {
-            schema.remove("$schema");
-            schema.remove("title");
-        }
-        schema
+    /// JSON schema of its arguments.
+    pub fn input_schema(&self) -> Value {
+        schema(self.input)
+    }
+
+    /// JSON schema of the structured part of its answer, where it did not fail.
+    pub fn output_schema(&self) -> Value {
+        schema(self.output)
     }
 
     /// What callers are told about it.
-    fn info(self) -> ToolInfo {
+    fn info(&self) -> ToolInfo {
         ToolInfo {
-            name: self.name().into(),
-            description: self.description().into(),
+            name: self.name.into(),
+            description: self.description.into(),
             kind: "core".into(),
             input_schema: Some(self.input_schema()),
         }
     }
 
     /// What callers are told about it, as JSON; made once, since every list of environments repeats it.
-    pub fn info_json(self) -> &'static RawValue {
+    pub fn info_json(&self) -> &'static RawValue {
         static INFOS: LazyLock<HashMap<&str, Box<RawValue>>> = LazyLock::new(|| {
-            let info = |tool: &Tool| (tool.name(), to_raw_value(&tool.info()).expect("an info is plain data"));
+            let info = |tool: &&Tool| (tool.name, to_raw_value(&tool.info()).expect("an info is plain data"));
             Tool::ALL.iter().map(info).collect()
         });
-        &INFOS[self.name()]
+        &INFOS[self.name]
     }
 
-    /// Runs one call. Dropping the future ends what it started on the executor.
+    /// Runs one call, at the environment of that name. Dropping the future ends what it started on the executor.
     ///
     /// # Errors
     /// [`ToolError`].
-    pub async fn call(self, call: Call) -> Result<ToolResult, ToolError> {
-        match self {
-            Self::Shell => shell::call(call).await,
-            Self::ReadFile => read_file::call(call).await,
-            Self::WriteFile => write_file::call(call).await,
-            Self::ExecCommand => exec_command::call(call).await,
+    pub async fn call(&self, call: &Call, environment: &str, arguments: Value) -> Result<ToolResult, ToolError> {
+        let binding = call.workspace.environment(environment).await.map_err(Arc::new)?;
+        match self.run {
+            Run::At(run) => run(Site { call, binding: &binding }, arguments).await,
+            Run::Workspace(run) => run(call, arguments).await,
         }
     }
 }
 
-impl Call {
-    /// The arguments as the tool's own type.
-    fn arguments<T: DeserializeOwned>(&mut self) -> Result<T, ToolError> {
-        let arguments = match self.arguments.take() {
-            Value::Null => Value::Object(serde_json::Map::new()),
-            // serde reads a struct from an array too, member by member.
-            Value::Array(_) => return Err(ToolError::Arguments("arguments: expected an object".into())),
-            arguments => arguments,
-        };
-        serde_path_to_error::deserialize(arguments).map_err(|error| {
-            let path = error.path().to_string();
-            ToolError::Arguments(if path == "." {
-                format!("arguments: {}", error.inner())
-            } else {
-                format!("{path}: {}", error.inner())
-            })
-        })
+/// The schema of a type as callers are given it: whole, without references.
+fn schema(of: fn(&mut SchemaGenerator) -> Schema) -> Value {
+    let settings = SchemaSettings::draft2020_12().with(|settings| {
+        settings.meta_schema = None;
+        settings.inline_subschemas = true;
+    });
+    let mut schema = of(&mut settings.into_generator()).to_value();
+    if let Some(schema) = schema.as_object_mut() {
+        schema.remove("title");
     }
+    schema
+}
 
+/// The arguments as the tool's own type.
+fn parse<T: DeserializeOwned>(arguments: Value) -> Result<T, ToolError> {
+    let arguments = match arguments {
+        Value::Null => Value::Object(serde_json::Map::new()),
+        // serde reads a struct from an array too, member by member.
+        Value::Array(_) => return Err(ToolError::Arguments("arguments: expected an object".into())),
+        arguments => arguments,
+    };
+    serde_path_to_error::deserialize(arguments).map_err(|error| {
+        let path = error.path().to_string();
+        ToolError::Arguments(if path == "." {
+            format!("arguments: {}", error.inner())
+        } else {
+            format!("{path}: {}", error.inner())
+        })
+    })
+}
+
+impl Call {
     /// When a call that may take `timeout_ms` is over.
     fn deadline(&self, timeout_ms: Option<u64>) -> Result<Instant, ToolError> {
         let max = Duration::from_secs(self.settings.timeout_max_secs);
@@ -202,22 +226,31 @@ impl Call {
         }
         Ok(self.started + timeout)
     }
+}
 
-    async fn client(&self, purpose: Use, deadline: Instant) -> Result<Client, ToolError> {
-        let client = Pool::client(&self.workspace, &self.binding, purpose);
+impl<'a> Site<'a> {
+    /// A ready client of the environment's executor.
+    async fn client(self, purpose: Use, deadline: Instant) -> Result<Client, ToolError> {
+        let Self { call, binding } = self;
+        let client = Pool::client(&call.workspace, binding, purpose);
         match tokio::time::timeout_at(deadline, client).await {
             Ok(client) => Ok(client?),
-            Err(_) if self.workspace.corridor().registry.link(&self.binding).is_none() => {
-                Err(Arc::new(ReachError::NotConnected(self.binding.name().to_string())).into())
+            Err(_) if call.workspace.corridor().registry.link(binding).is_none() => {
+                Err(Arc::new(ReachError::NotConnected(binding.name().to_string())).into())
             }
             Err(_) => Err(ToolError::NoAnswer { ran: Ran::No }),
         }
+    }
+
+    fn way_back(self, purpose: Use, deadline: Instant) -> WayBack<'a> {
+        let left = Duration::from_secs(self.call.settings.relink_wait_secs);
+        WayBack { site: self, purpose, deadline, left, pause: Duration::ZERO, ran: Ran::No }
     }
 }
 
 /// How a call finds its executor again after the loss of a link.
 struct WayBack<'a> {
-    call: &'a Call,
+    site: Site<'a>,
     purpose: Use,
     deadline: Instant,
     /// How long it may still wait since it last got on.
@@ -228,17 +261,10 @@ struct WayBack<'a> {
     ran: Ran,
 }
 
-impl Call {
-    fn way_back(&self, purpose: Use, deadline: Instant) -> WayBack<'_> {
-        let left = Duration::from_secs(self.settings.relink_wait_secs);
-        WayBack { call: self, purpose, deadline, left, pause: Duration::ZERO, ran: Ran::No }
-    }
-}
-
 impl WayBack<'_> {
     /// The call has got on: the next loss is waited for in full.
     fn got_on(&mut self) {
-        self.left = Duration::from_secs(self.call.settings.relink_wait_secs);
+        self.left = Duration::from_secs(self.site.call.settings.relink_wait_secs);
         self.pause = RELINK_PAUSE;
     }
 
@@ -254,7 +280,7 @@ impl WayBack<'_> {
         let began = Instant::now();
         let found = async {
             tokio::time::sleep(self.pause).await;
-            Pool::successor(&self.call.workspace, &self.call.binding, self.purpose, lost).await
+            Pool::successor(&self.site.call.workspace, self.site.binding, self.purpose, lost).await
         };
         let found = tokio::time::timeout_at(self.deadline.min(began + self.left), found).await;
         self.left = self.left.saturating_sub(began.elapsed());
@@ -293,13 +319,13 @@ fn refused<T>(answer: Result<T, CallError>) -> Result<Result<T, RpcError>, ToolE
 }
 
 /// A refusal of the executor as the tool's result. `code` lets programs tell the kinds apart.
-fn failure(tool: Tool, error: &RpcError) -> ToolResult {
+fn failure(tool: &Tool, error: &RpcError) -> ToolResult {
     let code = match error.code {
         rpc::NOT_FOUND => "not_found",
         rpc::INVALID_REQUEST | rpc::INVALID_PARAMS => "invalid",
         _ => "failed",
     };
-    coded_failure(code, format!("{} failed: {}", tool.name(), error.message))
+    coded_failure(code, format!("{} failed: {}", tool.name, error.message))
 }
 
 fn coded_failure(code: &str, message: String) -> ToolResult {

@@ -5,21 +5,27 @@ use base64::engine::general_purpose::STANDARD;
 use futures_util::TryStreamExt;
 use futures_util::stream::FuturesOrdered;
 use schemars::JsonSchema;
-use serde::Deserialize;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 
 use super::open_file::{BLOCKS_AHEAD, OpenFile};
-use super::{Call, Tool, ToolError, coded_failure, failure, refused, resolve};
+use super::{Effect, Run, Site, Tool, ToolError, coded_failure, failure, parse, refused, resolve};
 use crate::protocol::rest::{Ran, ToolResult};
 use crate::protocol::rpc::{BLOCK_BYTES_MAX, FsGetMetadata, OpenMode};
 use crate::relay::client::{CallError, Client};
 use crate::workspace::pool::Use;
 
-pub(super) const DESCRIPTION: &str = "Read a file by path.";
+pub(super) const TOOL: Tool = Tool {
+    name: "read_file",
+    description: "Read a file by path.",
+    effect: Effect::Reads,
+    input: |schemas| schemas.root_schema_for::<Arguments>(),
+    output: |schemas| schemas.root_schema_for::<Output>(),
+    run: Run::At(|site, arguments| Box::pin(async move { call(site, parse(arguments)?).await })),
+};
 
 /// Arguments of `read_file`.
 #[derive(Deserialize, JsonSchema)]
-pub(super) struct Arguments {
+struct Arguments {
     /// The file; relative paths and `~` are taken on the executor.
     path: String,
     /// First byte; negative is 0.
@@ -30,14 +36,24 @@ pub(super) struct Arguments {
     limit: Option<u64>,
 }
 
-pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
-    let arguments = call.arguments()?;
-    let deadline = call.deadline(None)?;
+/// The structured part of the answer.
+#[derive(Serialize, JsonSchema)]
+struct Output {
+    /// Always `base64`: how the text is to be read.
+    encoding: &'static str,
+    /// As it was asked for.
+    path: String,
+    /// Of the whole file, in bytes.
+    size: u64,
+}
+
+async fn call(site: Site<'_>, arguments: Arguments) -> Result<ToolResult, ToolError> {
+    let deadline = site.call.deadline(None)?;
     let reading = async {
-        let mut client = call.client(Use::Files, deadline).await?;
-        let mut way = call.way_back(Use::Files, deadline);
+        let mut client = site.client(Use::Files, deadline).await?;
+        let mut way = site.way_back(Use::Files, deadline);
         loop {
-            match attempt(&client, &arguments, call.settings.output_bytes_max as u64).await {
+            match attempt(&client, &arguments, site.call.settings.output_bytes_max as u64).await {
                 // Its handle went with the link, and reading twice does no harm.
                 Err(ToolError::Lost { ran }) => client = way.find(&client, ran == Ran::Unknown).await?,
                 result => return result,
@@ -52,7 +68,7 @@ async fn attempt(client: &Client, arguments: &Arguments, bytes_max: u64) -> Resu
     let uri = resolve(client.environment(), "path", path)?;
     let metadata = match refused(client.call(&FsGetMetadata { path: uri.clone() }).await)? {
         Ok(metadata) => metadata,
-        Err(error) => return Ok(failure(Tool::ReadFile, &error)),
+        Err(error) => return Ok(failure(&TOOL, &error)),
     };
     // Opening a pipe or a device could hold up the whole stream at the executor.
     if !metadata.is_file {
@@ -77,10 +93,13 @@ async fn attempt(client: &Client, arguments: &Arguments, bytes_max: u64) -> Resu
     };
     Ok(match refused(slice.await)? {
         Ok(slice) => ToolResult {
-            structured_content: Some(json!({ "encoding": "base64", "path": path, "size": metadata.size })),
+            structured_content: Some(
+                serde_json::to_value(Output { encoding: "base64", path: path.clone(), size: metadata.size })
+                    .expect("plain data"),
+            ),
             ..ToolResult::text(STANDARD.encode(&slice))
         },
-        Err(error) => failure(Tool::ReadFile, &error),
+        Err(error) => failure(&TOOL, &error),
     })
 }
 

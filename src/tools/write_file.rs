@@ -3,11 +3,10 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use schemars::JsonSchema;
-use serde::Deserialize;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 
 use super::open_file::OpenFile;
-use super::{Call, Tool, ToolError, coded_failure, failure, refused, resolve};
+use super::{Effect, Run, Site, Tool, ToolError, coded_failure, failure, parse, refused, resolve};
 use crate::protocol::path::FileUri;
 use crate::protocol::rest::{Ran, ToolResult};
 use crate::protocol::rpc::{
@@ -16,11 +15,18 @@ use crate::protocol::rpc::{
 use crate::relay::client::{CallError, Client};
 use crate::workspace::pool::Use;
 
-pub(super) const DESCRIPTION: &str = "Write a file by path.";
+pub(super) const TOOL: Tool = Tool {
+    name: "write_file",
+    description: "Write a file by path.",
+    effect: Effect::Destroys,
+    input: |schemas| schemas.root_schema_for::<Arguments>(),
+    output: |schemas| schemas.root_schema_for::<Output>(),
+    run: Run::At(|site, arguments| Box::pin(async move { call(site, parse(arguments)?).await })),
+};
 
 /// Arguments of `write_file`.
 #[derive(Deserialize, JsonSchema)]
-pub(super) struct Arguments {
+struct Arguments {
     /// The file; relative paths and `~` are taken on the executor. An existing file is replaced.
     path: String,
     /// Its whole content in standard base64 with padding; left out is an empty file.
@@ -31,16 +37,25 @@ pub(super) struct Arguments {
     create_parents: bool,
 }
 
-pub(super) async fn call(mut call: Call) -> Result<ToolResult, ToolError> {
-    let Arguments { path, content_b64, create_parents } = call.arguments()?;
-    let deadline = call.deadline(None)?;
+/// The structured part of the answer.
+#[derive(Serialize, JsonSchema)]
+struct Output {
+    /// Bytes written.
+    bytes: usize,
+    /// Whether a reader sees the old file or the new one, and never a part.
+    atomic: bool,
+}
+
+async fn call(site: Site<'_>, arguments: Arguments) -> Result<ToolResult, ToolError> {
+    let Arguments { path, content_b64, create_parents } = arguments;
+    let deadline = site.call.deadline(None)?;
     let content = STANDARD
         .decode(&content_b64)
         .map_err(|_| ToolError::Arguments("content_b64: expected standard base64 with padding".into()))?;
     drop(content_b64);
     let writing = async {
-        let mut client = call.client(Use::Files, deadline).await?;
-        let mut way = call.way_back(Use::Files, deadline);
+        let mut client = site.client(Use::Files, deadline).await?;
+        let mut way = site.way_back(Use::Files, deadline);
         loop {
             let ran = match attempt(&client, &path, &content, create_parents).await {
                 Err(ToolError::Lost { ran }) => ran,
@@ -64,22 +79,24 @@ async fn attempt(client: &Client, path: &str, content: &[u8], create_parents: bo
         Ok(metadata) if !metadata.is_file => {
             return Ok(coded_failure("not_a_file", format!("write_file failed: {path} is not a regular file")));
         }
-        Err(error) if error.code != NOT_FOUND => return Ok(failure(Tool::WriteFile, &error)),
+        Err(error) if error.code != NOT_FOUND => return Ok(failure(&TOOL, &error)),
         Ok(_) | Err(_) => {}
     }
     if create_parents && let Some(parent) = uri.parent() {
         let made = client.call(&FsCreateDirectory { path: parent, recursive: true }).await;
         if let Err(error) = refused(made)? {
-            return Ok(failure(Tool::WriteFile, &error));
+            return Ok(failure(&TOOL, &error));
         }
     }
     Ok(match refused(write(client, uri, content).await.map_err(|error| begun(error, create_parents)))? {
         Ok(()) => ToolResult {
             // The executor replaces by emptying first, so a cut may leave a part.
-            structured_content: Some(json!({ "bytes": content.len(), "atomic": false })),
+            structured_content: Some(
+                serde_json::to_value(Output { bytes: content.len(), atomic: false }).expect("plain data"),
+            ),
             ..ToolResult::text("ok")
         },
-        Err(error) => failure(Tool::WriteFile, &error),
+        Err(error) => failure(&TOOL, &error),
     })
 }
 

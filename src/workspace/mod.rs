@@ -105,7 +105,7 @@ pub struct Workspace {
     id: WorkspaceId,
     corridor: Arc<Corridor>,
     calls: Arc<Semaphore>,
-    tools: &'static [Tool],
+    tools: &'static [&'static Tool],
     listing: Mutex<Option<Listing>>,
     /// Names of this tenant.
     pub resolver: Resolver,
@@ -142,7 +142,7 @@ impl Workspace {
     }
 
     /// The tools it may call.
-    pub fn tools(&self) -> &'static [Tool] {
+    pub fn tools(&self) -> &'static [&'static Tool] {
         self.tools
     }
 

@@ -215,12 +215,18 @@ config! {
         spill_memory_bytes_max: usize = 1024 * 1024 => 64 * 1024..=256 * 1024 * 1024,
         /// Bytes for one slow harness stream kept on disk; past it the stream is reset.
         spill_bytes_max: u64 = 64 * 1024 * 1024 => 0..=1024 * 1024 * 1024 * 1024,
+        /// How long a stream waits for its harness whose socket broke, in seconds, but not past dead_secs; 0 ends it at once.
+        comeback_wait_secs: u64 = 30 => 0..=600,
+        /// Newest bytes written to one harness in relay frames that are kept for its way back.
+        comeback_bytes_max: usize = 1024 * 1024 => 0..=256 * 1024 * 1024,
         /// Size of one frame to or from an encrypted executor, in bytes; executors take 262144.
         frame_bytes_max: usize = 256 * 1024 => 4096..=262_144,
         /// Size of one JSON-RPC message, in bytes; executors take 67108864.
         message_bytes_max: usize = 64 * 1024 * 1024 => 4096..=67_108_864,
         /// Size of one frame from an executor without relay frames, in bytes: such executors send a whole answer in one.
         json_frame_bytes_max: usize = 96 * 1024 * 1024 => 65_536..=1024 * 1024 * 1024,
+        /// How long, after a restart of the gateway, processes on such an executor wait for their callers before they are ended, in seconds; executors keep a session for 80.
+        adopt_secs: u64 = 80 => 1..=80,
         /// Sessions of callers on such an executor, those included that wait to be taken up again.
         sessions_max: usize = 512 => 1..=65_536,
         /// Read buffer of one executor's socket, in bytes.

@@ -8,8 +8,11 @@ use std::time::{Duration, SystemTime};
 
 use hyper::body::Incoming;
 use hyper::header::{HeaderName, HeaderValue};
-use hyper::{HeaderMap, Request, Response};
+use hyper::http::Extensions;
+use hyper::http::request::Parts;
+use hyper::{Request, Response};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use uuid::Uuid;
@@ -20,6 +23,7 @@ use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
 use crate::auth::sigv4::SignedRequest;
 use crate::config::Secret;
 use crate::edge::body::{self, Body};
+use crate::edge::tls::ClientCertified;
 use crate::edge::upgrade::{self, SocketLimits};
 use crate::ops::metrics::OutcomeLabel;
 use crate::protocol::ids::{ExecutorId, RegistrationId};
@@ -163,6 +167,7 @@ async fn register_held(
 ) -> Result<Response<Body>, ApiError> {
     let executor = ExecutorId::new(id).map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
     let (head, body) = request.into_parts();
+    check_certificate(api, &head.extensions)?;
     let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.edge.header_timeout_secs)).await?;
     let wanted = match door {
         // What agentx sends is not needed, and older versions send nothing.
@@ -178,7 +183,7 @@ async fn register_held(
         }
     };
     tracing::info!(%executor, registration = %registered.id, transport = ?registered.transport, "executor registered");
-    Ok(json(&answer(api, door, &registered, &head.headers)))
+    Ok(json(&answer(api, door, &registered, &head)))
 }
 
 /// One try to register: nothing is answered before it is stored, so that a restarted gateway serves the same URL.
@@ -283,10 +288,10 @@ async fn verify(
     })
 }
 
-fn answer(api: &Api, door: Door, registration: &Registration, headers: &HeaderMap) -> RegisterResponse {
+fn answer(api: &Api, door: Door, registration: &Registration, request: &Parts) -> RegisterResponse {
     let executor = &registration.executor;
     let ticket = api.corridor.auth.tickets().mint(executor);
-    let base = websocket_base(api, headers);
+    let base = websocket_base(api, request);
     let (path, mark) = match door {
         Door::Codex => ("bridge", ""),
         Door::Agentx => ("agentx", ""),
@@ -308,10 +313,18 @@ fn answer(api: &Api, door: Door, registration: &Registration, headers: &HeaderMa
     }
 }
 
+/// Where certificates are asked of executors, this one has to have shown one in its TLS handshake.
+fn check_certificate(api: &Api, connection: &Extensions) -> Result<(), ApiError> {
+    if api.config.tls.executor_authorities.is_none() || connection.get::<ClientCertified>().is_some() {
+        return Ok(());
+    }
+    Err(ApiError::new(403, "certificate_required", "executors have to show a client certificate here"))
+}
+
 /// Where the executor dials: the configured public URL, else the Host under which it has just reached us.
-pub(super) fn websocket_base(api: &Api, headers: &HeaderMap) -> String {
+pub(super) fn websocket_base(api: &Api, request: &Parts) -> String {
     // `https` becomes `wss` by this too.
-    http_base(api, headers).replacen("http", "ws", 1)
+    http_base(api, request).replacen("http", "ws", 1)
 }
 
 /// `POST …/validate`: may this harness key talk to this executor? Never asks upstream: the bearer is compared with the
@@ -426,6 +439,7 @@ async fn serve_link(
             TicketError::Malformed | TicketError::WrongExecutor => "unknown_route",
         })
     })?;
+    check_certificate(api, request.extensions())?;
     let registration = registration.and_then(|id| RegistrationId::new(&id).ok()).ok_or_else(unknown)?;
     // The executor waits 10 s for the upgrade, as for a register.
     let mut hold = Hold::new(api);
@@ -477,7 +491,9 @@ async fn serve_link(
             None => link::run(socket, handle, outbox).await,
             // Boxed for the same reason: most links are not of this kind, and need no room for it.
             Some(shared) => {
-                let (end, shared) = Box::pin(link::run_shared(socket, handle, outbox, shared)).await;
+                let (lasting, told) = watch::channel(Vec::new());
+                tokio::spawn(keep_processes(api.clone(), executor.clone(), told));
+                let (end, shared) = Box::pin(link::run_shared(socket, handle, outbox, shared, lasting)).await;
                 // Before the place is given up: the executor's next socket waits for that, and takes it.
                 api.corridor.registry.leave(&executor, shared);
                 end
@@ -512,7 +528,7 @@ where
     let former = match registry.take_left(executor) {
         Some(left) => Former::Socket(left),
         None => match store.shared_session(executor).await {
-            Ok(Some(session)) => Former::Stored(ExecutorSessionId::new(session.expose())),
+            Ok(Some((session, processes))) => Former::Stored(ExecutorSessionId::new(session.expose()), processes),
             Ok(None) => Former::None,
             Err(error) => {
                 tracing::warn!(%executor, %error, "the executor's session is not known");
@@ -538,6 +554,17 @@ where
         tracing::warn!(%executor, %error, "the executor's session was not stored");
     }
     Some(shared)
+}
+
+/// Stores which processes run on a shared socket until it ends, so that the next gateway process can end what nobody
+/// takes up: what prints nothing would not be heard of.
+async fn keep_processes(api: Arc<Api>, executor: ExecutorId, mut told: watch::Receiver<Vec<String>>) {
+    while told.changed().await.is_ok() {
+        let processes = told.borrow_and_update().clone();
+        if let Err(error) = api.corridor.store.save_shared_processes(&executor, &processes).await {
+            tracing::warn!(%executor, %error, "the processes of an executor were not stored");
+        }
+    }
 }
 
 /// Makes an executor register again, which its credential decides: on the direct transport 409 alone does, elsewhere any

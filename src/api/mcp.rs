@@ -18,6 +18,7 @@ use futures_util::{Stream, StreamExt, stream};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, ORIGIN, WWW_AUTHENTICATE};
+use hyper::http::request::Parts;
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use rmcp::model::RequestId;
 use rmcp::transport::streamable_http_server::session::never::NeverSessionManager;
@@ -136,11 +137,11 @@ struct Cancelled {
 
 /// `POST /mcp`: one message of a client.
 pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    check_origin(api, request.headers())?;
     let timing = timing(&request);
     let (head, body) = request.into_parts();
+    check_origin(api, &head)?;
     let admitted = Admitted::known(api, &head.headers, timing.clone()).await;
-    let mut admitted = admitted.map_err(|refused| challenge(api, &head.headers, head.uri.path(), refused))?;
+    let mut admitted = admitted.map_err(|refused| challenge(api, &head, refused))?;
     // Without a place a client can still cancel, which makes room.
     let full = admitted.take_place().err();
     let bytes_max = if full.is_none() { api.config.edge.body_bytes_max } else { NOTIFICATION_BYTES_MAX };
@@ -211,15 +212,15 @@ fn protocol_config(api: &Api) -> StreamableHttpServerConfig {
 }
 
 /// Pages of other sites must not call, whatever name they have made for this machine (DNS rebinding).
-fn check_origin(api: &Api, headers: &HeaderMap) -> Result<(), ApiError> {
-    let Some(origin) = headers.get(ORIGIN) else { return Ok(()) };
+fn check_origin(api: &Api, request: &Parts) -> Result<(), ApiError> {
+    let Some(origin) = request.headers.get(ORIGIN) else { return Ok(()) };
     let origin = origin.to_str().unwrap_or_default();
     let host = origin.split_once("://").map_or("", |(_, authority)| authority);
     let host = match host.rsplit_once(':') {
         Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
         _ => host,
     };
-    let own = || api.config.public_url.is_some() && origin_of(&http_base(api, headers)) == origin;
+    let own = || api.config.public_url.is_some() && origin_of(&http_base(api, request)) == origin;
     let allowed = matches!(host, "localhost" | "127.0.0.1" | "[::1]")
         || api.config.mcp.allowed_origins.iter().any(|allowed| allowed.trim_end_matches('/') == origin)
         || own();
@@ -234,12 +235,13 @@ fn origin_of(url: &str) -> &str {
 }
 
 /// Tells a caller without a good token where it learns how to come by one (RFC 9728 §5.1).
-fn challenge(api: &Api, headers: &HeaderMap, path: &str, refused: ApiError) -> ApiError {
+fn challenge(api: &Api, request: &Parts, refused: ApiError) -> ApiError {
     if refused.status() != 401 {
         return refused;
     }
     let error = if refused.code() == "invalid_token" { r#"error="invalid_token", "# } else { "" };
-    let challenge = format!(r#"Bearer {error}resource_metadata="{}{WELL_KNOWN}{path}""#, http_base(api, headers));
+    let (base, path) = (http_base(api, request), request.uri.path());
+    let challenge = format!(r#"Bearer {error}resource_metadata="{base}{WELL_KNOWN}{path}""#);
     match HeaderValue::try_from(challenge) {
         Ok(challenge) => refused.with_header(WWW_AUTHENTICATE, challenge),
         Err(_) => refused,
@@ -247,13 +249,14 @@ fn challenge(api: &Api, headers: &HeaderMap, path: &str, refused: ApiError) -> A
 }
 
 /// `GET /.well-known/oauth-protected-resource…`: what the MCP door is as a protected resource (RFC 9728).
-pub fn protected_resource(api: &Api, request: &Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let path = match request.uri().path() {
+pub fn protected_resource(api: &Api, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let (request, _) = request.into_parts();
+    let path = match request.uri.path() {
         path if path.starts_with("/v1/") || path.ends_with("/v1/mcp") => "/v1/mcp",
         _ => "/mcp",
     };
     let mut document = json!({
-        "resource": format!("{}{path}", http_base(api, request.headers())),
+        "resource": format!("{}{path}", http_base(api, &request)),
         "resource_name": "exec-gateway",
         "bearer_methods_supported": ["header"],
     });

@@ -18,7 +18,8 @@ use bytes::Bytes;
 use futures_util::{FutureExt, Stream, StreamExt, stream};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER, TRAILER};
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, TRAILER};
+use hyper::http::request::Parts;
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +29,7 @@ use self::error::ApiError;
 use crate::admin::Admin;
 use crate::config::Config;
 use crate::edge::body::{Body, full};
+use crate::edge::peer;
 use crate::edge::router::{Envelope, Route, RouteError, Router, percent_decode};
 use crate::ops::metrics::Metrics;
 use crate::protocol::rest::ErrorBody;
@@ -58,6 +60,8 @@ pub struct Api {
     pub harnesses: AttachedSessions,
     /// Calls of MCP clients under way, by which they are cancelled.
     pub mcp_calls: mcp::Calls,
+    /// Streams that a harness may come back for.
+    pub comebacks: harness::StreamPlaces,
     /// Tasks that own an executor's socket.
     pub links: TaskTracker,
     /// Tasks that own a caller's socket.
@@ -87,6 +91,7 @@ impl Api {
             metrics,
             harnesses: AttachedSessions::default(),
             mcp_calls: mcp::Calls::default(),
+            comebacks: harness::StreamPlaces::default(),
             links: TaskTracker::new(),
             sockets: TaskTracker::new(),
             draining: CancellationToken::new(),
@@ -163,7 +168,7 @@ impl Api {
             Route::CloudRelay => executor::open_registered_link(&self, &parameter, request).await,
             Route::Bridge => executor::open_link(&self, &parameter, request).await,
             Route::Mcp => mcp::message(&self, request).await,
-            Route::ProtectedResource => mcp::protected_resource(&self, &request),
+            Route::ProtectedResource => mcp::protected_resource(&self, request),
             Route::Health => {
                 let body = if request.method() == Method::HEAD { full("") } else { full("ok\n") };
                 Ok(Response::new(body))
@@ -261,7 +266,7 @@ fn late(pieces: impl Stream<Item = Bytes> + Send + 'static, timing: Timing) -> R
 }
 
 /// Base URL under which callers reach this gateway: the configured one, else the Host of the request.
-fn http_base(api: &Api, headers: &HeaderMap) -> String {
+fn http_base(api: &Api, request: &Parts) -> String {
     match &api.config.public_url {
         Some(url) => {
             let url = url.trim_end_matches('/');
@@ -272,15 +277,11 @@ fn http_base(api: &Api, headers: &HeaderMap) -> String {
             }
         }
         None => {
-            let host = headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_host(host));
-            format!("http://{}", host.unwrap_or("127.0.0.1"))
+            let (tls, host) = peer::reached(&request.headers, request.extensions.get());
+            let scheme = if tls { "https" } else { "http" };
+            format!("{scheme}://{}", host.as_deref().unwrap_or("127.0.0.1"))
         }
     }
-}
-
-fn is_host(host: &str) -> bool {
-    !host.is_empty()
-        && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']'))
 }
 
 fn read_only() -> ApiError {

@@ -5,17 +5,15 @@
 mod command;
 mod exec_command;
 mod execution;
+mod files;
 mod list_environments;
 mod list_processes;
-mod open_file;
 mod process;
-mod read_file;
 mod read_output;
 mod script;
 mod session;
 mod shell;
 mod terminate;
-mod write_file;
 mod write_stdin;
 
 use std::collections::HashMap;
@@ -79,6 +77,7 @@ enum Run {
 type Running<'a> = Pin<Box<dyn Future<Output = Result<ToolResult, ToolError>> + Send + 'a>>;
 
 /// One call of a tool, as a door hands it in.
+#[derive(Clone)]
 pub struct Call {
     /// Who calls.
     pub workspace: Arc<Workspace>,
@@ -152,14 +151,22 @@ impl Tool {
     /// Every tool, those of the original first and in its order.
     pub const ALL: &'static [&'static Self] = &[
         &shell::TOOL,
-        &read_file::TOOL,
-        &write_file::TOOL,
+        &files::READ_FILE,
+        &files::WRITE_FILE,
         &exec_command::TOOL,
         &write_stdin::TOOL,
         &read_output::TOOL,
         &terminate::TOOL,
         &list_processes::TOOL,
         &list_environments::TOOL,
+        &files::EDIT_FILE,
+        &files::LIST_DIRECTORY,
+        &files::FIND_FILES,
+        &files::SEARCH_FILES,
+        &files::STAT,
+        &files::MAKE_DIRECTORY,
+        &files::REMOVE_PATH,
+        &files::MOVE_PATH,
     ];
 
     /// The tool of that name.
@@ -391,15 +398,6 @@ async fn before(
     call: impl Future<Output = Result<ToolResult, ToolError>>,
 ) -> Result<ToolResult, ToolError> {
     tokio::time::timeout_at(deadline, call).await.unwrap_or(Err(ToolError::NoAnswer { ran: Ran::Unknown }))
-}
-
-/// Splits what an executor answered into a result of the tool (it refused) and a failure to get that far.
-fn refused<T>(answer: Result<T, CallError>) -> Result<Result<T, RpcError>, ToolError> {
-    match answer {
-        Ok(answer) => Ok(Ok(answer)),
-        Err(CallError::Rpc(error)) => Ok(Err(error)),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// A refusal of the executor as the tool's result. `code` lets programs tell the kinds apart.

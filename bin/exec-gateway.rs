@@ -11,6 +11,8 @@ mod demo;
 mod operate;
 #[path = "exec-gateway/serve.rs"]
 mod serve;
+#[path = "exec-gateway/service_manager.rs"]
+mod service_manager;
 #[path = "exec-gateway/show.rs"]
 mod show;
 #[path = "exec-gateway/table.rs"]
@@ -53,6 +55,7 @@ fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
         Command::Executor(command) => operate(common, command.into())?,
         Command::CapToken(command) => operate(common, command.into())?,
         Command::Revoke(command) => operate(common, command.into())?,
+        Command::Key(command) => operate(common, command.into())?,
     }
     Ok(ExitCode::SUCCESS)
 }

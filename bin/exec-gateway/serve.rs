@@ -2,18 +2,19 @@
 //! between its start and its shutdown is its own.
 
 use std::future::Future;
-use std::io::{self, IsTerminal, Write};
+use std::io::{IsTerminal, Write};
 use std::net::{SocketAddr, TcpListener};
 
 use anyhow::Context;
 use exec_gateway::config::{Config, LogFormat, LogLevel};
-use exec_gateway::gateway::Gateway;
-use listenfd::ListenFd;
-use rustix::process::{Resource, getrlimit, setrlimit};
+use exec_gateway::gateway::{Gateway, Reloading};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::prelude::*;
+
+use crate::service_manager;
 
 /// Serves with a valid configuration until SIGTERM or SIGINT, then drains.
 ///
@@ -22,7 +23,7 @@ use tracing_subscriber::prelude::*;
 pub fn run(config: Config) -> anyhow::Result<()> {
     start_logging(config.log_level, config.log_format);
     let open_files_max = raise_open_files();
-    let held = held_socket().context("the socket given by the service manager cannot be used")?;
+    let held = service_manager::held_socket().context("the socket given by the service manager cannot be used")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
     runtime.block_on(async {
         // Listened to before the start, so that a signal in its midst drains instead of killing.
@@ -40,13 +41,28 @@ async fn serve(
     let gateway = Gateway::start_on(config, held).await?;
     tracing::info!(open_files_max, "serving");
     announce_ready(gateway.listen(), gateway.ops());
+    service_manager::serving();
+    tokio::spawn(reload_at_hangup(gateway.reloading()));
+    let shutdown = async {
+        shutdown.await;
+        service_manager::stopping();
+    };
     gateway.run_until(shutdown).await;
     Ok(())
 }
 
-/// The listening socket of a service manager that keeps it open over restarts (sd_listen_fds(3)): the first it gives.
-fn held_socket() -> io::Result<Option<TcpListener>> {
-    ListenFd::from_env().take_tcp_listener(0)
+/// Reads what can be read anew at each SIGHUP. What cannot be used then is logged, and what was read before stays.
+async fn reload_at_hangup(reloading: Reloading) {
+    let mut hangup = match signal(SignalKind::hangup()) {
+        Ok(hangup) => hangup,
+        Err(error) => return tracing::error!(%error, "SIGHUP cannot be listened to"),
+    };
+    while hangup.recv().await.is_some() {
+        match reloading.reload() {
+            Ok(()) => tracing::info!("certificates were read again"),
+            Err(error) => tracing::error!(%error, "certificates were not read again"),
+        }
+    }
 }
 
 /// Tells whoever started the daemon that it serves, and on which ports. Not a log line: it is the same at any level
@@ -83,9 +99,11 @@ pub fn start_logging(level: LogLevel, format: LogFormat) {
 /// Raises the limit of open files as far as it goes and says how far that is: every executor, harness and caller is an
 /// open file, and the usual soft limit is 1024.
 pub fn raise_open_files() -> Option<u64> {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    // A service manager that has set both may have forbidden the call.
+    if current != maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+    {
         tracing::warn!(%error, "the limit of open files could not be raised");
     }
     getrlimit(Resource::Nofile).current

@@ -2,8 +2,10 @@
 
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
 use exec_gateway::admin::{Request, Response};
 use exec_gateway::config::Config;
@@ -102,6 +104,14 @@ impl DaemonProcess {
     pub async fn start(state: &Scratch, listen: SocketAddr, arguments: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_exec-gateway"));
         command.args(["serve", "--listen", &listen.to_string()]).args(arguments);
+        Self::ready(command, state).await
+    }
+
+    /// The same under a service manager that listens on `notify`, and wants to hear of it every `watchdog`.
+    pub async fn start_watched(state: &Scratch, notify: &Path, watchdog: Duration) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exec-gateway"));
+        command.args(["serve", "--listen", "127.0.0.1:0"]);
+        command.env("NOTIFY_SOCKET", notify).env("WATCHDOG_USEC", watchdog.as_micros().to_string());
         Self::ready(command, state).await
     }
 

@@ -125,8 +125,8 @@ impl Staged {
     /// Makes an empty file beside `target`; with `parents` in the nearest of its directories that is there.
     ///
     /// # Errors
-    /// [`FileError`]; of a target that cannot be written: `is_a_directory`, `not_a_file`, `not_found` where its directory
-    /// is.
+    /// [`FileError`], also of a target that cannot be written: `is_a_directory`, `not_a_file`, `not_found` where its
+    /// directory is missing.
     pub(in crate::tools) async fn begin(
         site: Site<'_>,
         client: &Client,

@@ -9,6 +9,7 @@ mod cli;
 mod codex_harness;
 mod compat;
 mod endure;
+mod file_tools;
 mod files;
 mod flavours;
 mod harness;

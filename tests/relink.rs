@@ -188,7 +188,7 @@ async fn a_command_whose_caller_leaves_while_the_link_is_away_is_ended_when_it_i
 async fn a_command_whose_time_is_over_while_the_link_is_away_is_ended_when_it_is_back() {
     let line = Line::start().await;
     let marker = Marker::new();
-    let call = line.call("shell", json!({ "command": ["sleep", marker.to_string()], "timeout_ms": 3000 }));
+    let call = line.call("shell", json!({ "command": ["sleep", marker.to_string()], "timeout_ms": 8000 }));
     marker.is_on(1).await;
     line.proxy.shut();
     let answer = call.await.unwrap();

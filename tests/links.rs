@@ -354,7 +354,7 @@ async fn a_link_lost_while_reading_a_file_leaves_the_gateway_well() {
     let neighbour = scene.neighbour().await;
     scene.executor.on("fs/readBlock", Reply::Hangup);
     let answer = scene.caller.tool("box", "read_file", json!({ "path": "a" })).await;
-    assert_failure(&answer, 502, "executor_unreachable", Some("unknown"));
+    assert_failure(&answer, 502, "executor_unreachable", Some("no"));
     neighbour.works().await;
 }
 

@@ -53,6 +53,13 @@ impl Line {
         tokio::spawn(async move { caller.tool("box", tool, arguments).await })
     }
 
+    /// Waits until a command runs that is so many processes, and the gateway has been told that it does.
+    async fn runs(&self, marker: &Marker, processes: usize) {
+        marker.is_on(processes).await;
+        // An executor that is cut off before it has answered a start ends what it began. It answers in order.
+        self.caller.shell("box", json!({ "command": ["true"] })).await;
+    }
+
     /// Lets the executor come back: its processes, of which so many were left to it, are ended then and not before.
     async fn ends_when_it_is_back(&self, marker: &Marker, processes: usize) {
         self.is_cut().await;
@@ -177,7 +184,7 @@ async fn a_command_whose_caller_leaves_while_the_link_is_away_is_ended_when_it_i
     let marker = Marker::new();
     let command = format!("setsid sleep {marker} & sleep {marker}");
     let call = line.call("shell", json!({ "command": ["/bin/sh", "-c", command] }));
-    marker.is_on(3).await;
+    line.runs(&marker, 3).await;
     line.proxy.shut();
     line.is_cut().await;
     call.abort();
@@ -188,8 +195,8 @@ async fn a_command_whose_caller_leaves_while_the_link_is_away_is_ended_when_it_i
 async fn a_command_whose_time_is_over_while_the_link_is_away_is_ended_when_it_is_back() {
     let line = Line::start().await;
     let marker = Marker::new();
-    let call = line.call("shell", json!({ "command": ["sleep", marker.to_string()], "timeout_ms": 3000 }));
-    marker.is_on(1).await;
+    let call = line.call("shell", json!({ "command": ["sleep", marker.to_string()], "timeout_ms": 8000 }));
+    line.runs(&marker, 1).await;
     line.proxy.shut();
     let answer = call.await.unwrap();
     assert_eq!((answer.status.as_u16(), answer.code().as_str()), (502, "executor_unreachable"));
@@ -202,7 +209,7 @@ async fn a_command_whose_wait_is_over_is_ended_when_the_link_is_back_after_all()
     let line = Line::with(|config| config.tools.relink_wait_secs = 1).await;
     let marker = Marker::new();
     let call = line.call("shell", json!({ "command": ["sleep", marker.to_string()] }));
-    marker.is_on(1).await;
+    line.runs(&marker, 1).await;
     line.proxy.shut();
     assert_eq!(call.await.unwrap().json()["error"]["ran"], "unknown");
     line.ends_when_it_is_back(&marker, 1).await;

@@ -71,6 +71,11 @@ pub struct RpcError {
 }
 
 impl RpcError {
+    /// Whether a session was not resumed since it is attached to another conversation, be that over or not.
+    pub fn is_attached(&self) -> bool {
+        self.code == ALREADY_ATTACHED
+    }
+
     /// Whether a start was refused since the session has a process of that id already. Executors have no code for it.
     pub fn is_known_process(&self) -> bool {
         self.code == INVALID_REQUEST && self.message.contains("already exists")

@@ -36,6 +36,11 @@ const FILE_HANDLES_MAX: usize = 64;
 const STARTING_WAIT: Duration = Duration::from_secs(10);
 const STARTING_PAUSE: Duration = Duration::from_millis(20);
 
+/// How long an executor may take to see that the former conversation of a session is over (about 40 ms,
+/// codex-exec-server.md §7.1), and the pause before it is asked again.
+const DETACH_WAIT: Duration = Duration::from_secs(5);
+const DETACH_PAUSE: Duration = Duration::from_millis(50);
+
 /// File handles where a connection is shared and each caller has 32.
 const SHARED_FILE_HANDLES_MAX: usize = 16;
 
@@ -153,6 +158,22 @@ enum End {
     Unused,
 }
 
+/// The time that an executor is given to let go of a session that is to be resumed.
+pub(super) struct Detaching(Instant);
+
+impl Detaching {
+    /// From now on.
+    pub(super) fn begin() -> Self {
+        Self(Instant::now() + DETACH_WAIT)
+    }
+
+    /// Waits a moment; whether the session may be asked for again.
+    pub(super) async fn again(&self) -> bool {
+        sleep(DETACH_PAUSE).await;
+        Instant::now() < self.0
+    }
+}
+
 impl Client {
     /// Initializes an executor session on a conversation: a new one, or the one to resume. Cancelling ends the
     /// conversation, and so does `stop`, then or later.
@@ -180,7 +201,13 @@ impl Client {
         tokio::spawn(run(conversation, messages, shared.clone()));
         let mut client = Self { shared, outgoing, info: Arc::default(), session: None };
         let initialize = Initialize { client_name: CLIENT_NAME.into(), resume_session_id: resume };
-        let session = client.call(&initialize).await?;
+        let detaching = Detaching::begin();
+        let session = loop {
+            match client.call(&initialize).await {
+                Err(CallError::Rpc(refusal)) if refusal.is_attached() && detaching.again().await => {}
+                answered => break answered?,
+            }
+        };
         client.info = Arc::new(session.environment_info);
         client.session = session.session_id;
         client.notify(INITIALIZED, &serde_json::json!({})).await?;

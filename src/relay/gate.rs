@@ -69,12 +69,9 @@ pub(super) fn is_answer(json: &[u8]) -> bool {
         && matches!(Incoming::parse(json), Ok(Incoming::Response { .. } | Incoming::Error { .. }))
 }
 
-/// The code of an answer that is an error.
-pub(super) fn error_code(json: &[u8]) -> Option<i64> {
-    match Incoming::parse(json) {
-        Ok(Incoming::Error { error, .. }) => Some(error.code),
-        _ => None,
-    }
+/// Whether the executor takes the session that is to be resumed for attached to another conversation.
+pub(super) fn is_attached(answer: &[u8]) -> bool {
+    matches!(Incoming::parse(answer), Ok(Incoming::Error { error, .. }) if error.is_attached())
 }
 
 /// Tells a harness that its request is refused.
@@ -113,7 +110,7 @@ mod tests {
     fn a_refusal_and_a_session_without_a_name_are_told_apart() {
         let refusal = br#"{"error":{"code":-32010,"message":"attached"},"id":1}"#;
         assert!(initialized(refusal, &|_| unreachable!()).is_none());
-        assert_eq!(error_code(refusal), Some(-32010));
+        assert!(is_attached(refusal) && !is_attached(br#"{"error":{"code":-32600,"message":""},"id":1}"#));
         let nameless = initialized(br#"{"id":1,"result":{}}"#, &|_| unreachable!()).unwrap();
         assert!(nameless.1.is_none());
     }

@@ -9,20 +9,17 @@ use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use serde_json::value::RawValue;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
-use super::client::CLIENT_NAME;
+use super::client::{CLIENT_NAME, Detaching};
 use super::shared::{Limits, Shared};
 use crate::config;
 use crate::protocol::rpc::{
-    ALREADY_ATTACHED, EnvironmentInfoRead, ExecutorSessionId, INITIALIZED, Incoming, Initialize, Method, RequestId,
-    RpcError, encode_notification, encode_request,
+    EnvironmentInfoRead, ExecutorSessionId, INITIALIZED, Incoming, Initialize, Method, RequestId, RpcError,
+    encode_notification, encode_request,
 };
-
-/// Pause before another try where the executor still holds the former socket; it lets go in about 40 ms.
-const ATTACH_PAUSE: Duration = Duration::from_millis(50);
 
 /// What the executor told when its session was initialized.
 struct Greeting {
@@ -113,16 +110,17 @@ async fn initialize<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
+    let detaching = Detaching::begin();
     let mut greeting = loop {
         match ask(socket, former.cloned()).await {
-            Ok(greeting) => break greeting,
-            // The executor has not noticed the end of the former socket yet.
-            Err(GreetError::Refused(error)) if former.is_some() && error.code == ALREADY_ATTACHED => {
-                sleep(ATTACH_PAUSE).await;
+            Err(GreetError::Refused(error)) if former.is_some() && error.is_attached() => {
+                if !detaching.again().await {
+                    return Err(GreetError::Refused(error));
+                }
             }
             // It is another process, or it is too late.
             Err(GreetError::Refused(_)) if former.is_some() => break ask(socket, None).await?,
-            Err(error) => return Err(error),
+            greeted => break greeted?,
         }
     };
     send(socket, encode_notification(INITIALIZED, &serde_json::json!({}))).await?;

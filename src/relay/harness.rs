@@ -13,13 +13,14 @@ use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{AcquireError, Semaphore, mpsc};
-use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout, timeout_at};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message, Utf8Bytes};
 use tokio_util::sync::CancellationToken;
 
+use super::client::Detaching;
 use super::comeback::{Comeback, Place, Places, Sent, Turn, WayBack};
 use super::conversation::{Conversation, ConversationEnd, MessageReceiver, MessageSender};
 use super::gate::{self, Said};
@@ -30,18 +31,13 @@ use crate::config;
 use crate::protocol::endpoint::{Endpoint, EndpointError, EndpointLimits};
 use crate::protocol::frame::{Body, Data, Frame, FrameError, StreamId};
 use crate::protocol::ids::WorkspaceId;
-use crate::protocol::rpc::{ALREADY_ATTACHED, ExecutorSessionId, INVALID_REQUEST};
+use crate::protocol::rpc::{ExecutorSessionId, INVALID_REQUEST};
 
 /// How long a peer may take to answer our close frame.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Messages written before the socket is flushed once.
 const WRITE_BATCH: usize = 32;
-
-/// Pause before a session is resumed again whose former stream the executor has not given up yet (about 40 ms,
-/// codex-exec-server.md §7.1), and for how long that is tried.
-const ATTACH_PAUSE: Duration = Duration::from_millis(50);
-const ATTACH_WAIT: Duration = Duration::from_secs(5);
 
 /// How a harness's socket ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -644,15 +640,13 @@ async fn open<'a, S: AsyncRead + AsyncWrite + Unpin>(
                 // Before the executor is asked: the socket that had the session may be dead and not know it.
                 let held = session.as_ref().map(|session| names.attached.hold(session));
                 let request = gate::initialize(&said, session.as_ref());
-                let until = Instant::now() + ATTACH_WAIT;
+                let detaching = Detaching::begin();
                 let reply = loop {
                     sender.send(&request).await?;
                     let reply = answer(receiver, outbox, answer_wait).await?;
-                    let attached = gate::error_code(&reply) == Some(ALREADY_ATTACHED);
-                    if !attached || session.is_none() || Instant::now() >= until {
+                    if session.is_none() || !gate::is_attached(&reply) || !detaching.again().await {
                         break reply;
                     }
-                    sleep(ATTACH_PAUSE).await;
                 };
                 // A stock harness gives up a session that comes back under another name than the one it asked for.
                 let name = |given: &ExecutorSessionId| match &resume {

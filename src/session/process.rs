@@ -23,9 +23,7 @@ use super::{EndSignal, Session, Sessions, StdinMode};
 use crate::config::Secret;
 use crate::journal::{Append, Journal, JournalError};
 use crate::protocol::path::FileUri;
-use crate::protocol::rpc::{
-    ALREADY_ATTACHED, EnvPolicy, EnvironmentInfo, ExecutorSessionId, OutputStream, ProcessStart,
-};
+use crate::protocol::rpc::{EnvPolicy, EnvironmentInfo, ExecutorSessionId, OutputStream, ProcessStart};
 use crate::relay::client::{CallError, Client, ConnectError, ProcessEvent};
 use crate::relay::process_events::{Happened, ProcessEvents};
 use crate::relay::process_tree::MARK;
@@ -205,7 +203,7 @@ impl Task {
         let resumes = resume.is_some();
         let client =
             workspace.connect(stream, resume, CancellationToken::new()).await.map_err(|error| match error {
-                ConnectError::Initialize(CallError::Rpc(refusal)) if resumes && refusal.code == ALREADY_ATTACHED => {
+                ConnectError::Initialize(CallError::Rpc(refusal)) if resumes && refusal.is_attached() => {
                     AttachError::Busy
                 }
                 ConnectError::Initialize(CallError::Rpc(_)) if resumes => AttachError::Gone,

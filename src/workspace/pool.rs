@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::{ReachError, Workspace};
 use crate::protocol::ids::ExecutorId;
-use crate::protocol::rpc::{ALREADY_ATTACHED, ExecutorSessionId};
+use crate::protocol::rpc::ExecutorSessionId;
 use crate::relay::client::{CallError, Client, ConnectError};
 use crate::relay::conversation::HandshakeError;
 use crate::relay::stream::StreamEnd;
@@ -32,9 +32,6 @@ pub enum Use {
 
 /// Links that may be lost one after the other while a conversation is opened.
 const OPEN_TRIES: usize = 3;
-
-/// How long an executor may take to see that the former conversation of a session is over; 40 ms were observed.
-const DETACH_WAIT: Duration = Duration::from_secs(5);
 
 /// Pause between two tries to reach an executor again.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
@@ -179,7 +176,6 @@ async fn resume_or_begin(
     withdrawn: &CancellationToken,
 ) -> Result<Client, ReachError> {
     let environment = || binding.name().to_string();
-    let detached_until = Instant::now() + DETACH_WAIT;
     let mut tries = 0;
     loop {
         let stream = workspace.open_own_stream(binding).await?;
@@ -188,12 +184,8 @@ async fn resume_or_begin(
             Err(error) => error,
         };
         match &error {
-            ConnectError::Initialize(CallError::Rpc(refusal)) if resume.is_some() => {
-                if refusal.code == ALREADY_ATTACHED && Instant::now() < detached_until {
-                    sleep(RETRY_PAUSE).await;
-                } else {
-                    resume = None;
-                }
+            ConnectError::Initialize(CallError::Rpc(_)) if resume.is_some() => {
+                resume = None;
                 continue;
             }
             ConnectError::Handshake(HandshakeError::Ended(StreamEnd::Disconnected))

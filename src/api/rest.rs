@@ -115,7 +115,7 @@ async fn run(
     let result = async {
         let (settings, sessions) = (api.tools.clone(), api.sessions.clone());
         let arguments = call.arguments;
-        let call = Call { workspace, settings, started, sessions, key };
+        let call = Call { workspace, settings, started, sessions, key, progress: None };
         Ok::<_, ApiError>(tool.call(&call, &environment, arguments).await?)
     }
     .await;

@@ -22,6 +22,7 @@ use schemars::generate::{SchemaGenerator, SchemaSettings};
 use serde::de::DeserializeOwned;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::config;
@@ -81,6 +82,17 @@ pub struct Call {
     pub sessions: Arc<Sessions>,
     /// The caller's `Idempotency-Key`.
     pub key: Option<String>,
+    /// Told how far a long call has come, where the caller wants to know.
+    pub progress: Option<watch::Sender<Progress>>,
+}
+
+/// How far a long call has come, in the unit of its tool (bytes for `copy_path`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// What is done; it never goes back.
+    pub done: u64,
+    /// What there is to do, once that is known.
+    pub total: Option<u64>,
 }
 
 /// One environment as one call works at it.

@@ -5,12 +5,10 @@
 mod command;
 mod exec_command;
 mod execution;
-mod open_file;
+mod files;
 mod process;
-mod read_file;
 mod script;
 mod shell;
-mod write_file;
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -71,6 +69,7 @@ enum Run {
 type Running<'a> = Pin<Box<dyn Future<Output = Result<ToolResult, ToolError>> + Send + 'a>>;
 
 /// One call of a tool, as a door hands it in.
+#[derive(Clone)]
 pub struct Call {
     /// Who calls.
     pub workspace: Arc<Workspace>,
@@ -133,7 +132,8 @@ pub enum ToolError {
 
 impl Tool {
     /// Every tool, those of the original first and in its order.
-    pub const ALL: &'static [&'static Self] = &[&shell::TOOL, &read_file::TOOL, &write_file::TOOL, &exec_command::TOOL];
+    pub const ALL: &'static [&'static Self] =
+        &[&shell::TOOL, &files::READ_FILE, &files::WRITE_FILE, &exec_command::TOOL];
 
     /// The tool of that name.
     pub fn named(name: &str) -> Option<&'static Self> {

@@ -8,13 +8,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::open_file::{BLOCKS_AHEAD, OpenFile};
-use super::{Effect, Run, Site, Tool, ToolError, coded_failure, failure, parse, refused, resolve};
 use crate::protocol::rest::{Ran, ToolResult};
 use crate::protocol::rpc::{BLOCK_BYTES_MAX, FsGetMetadata, OpenMode};
 use crate::relay::client::{CallError, Client};
+use crate::tools::{Effect, Run, Site, Tool, ToolError, before, coded_failure, failure, parse, refused, resolve};
 use crate::workspace::pool::Use;
 
-pub(super) const TOOL: Tool = Tool {
+pub(in crate::tools) const TOOL: Tool = Tool {
     name: "read_file",
     description: "Read a file by path.",
     effect: Effect::Reads,
@@ -60,7 +60,7 @@ async fn call(site: Site<'_>, arguments: Arguments) -> Result<ToolResult, ToolEr
             }
         }
     };
-    super::before(deadline, reading).await
+    before(deadline, reading).await
 }
 
 async fn attempt(client: &Client, arguments: &Arguments, bytes_max: u64) -> Result<ToolResult, ToolError> {
@@ -70,6 +70,9 @@ async fn attempt(client: &Client, arguments: &Arguments, bytes_max: u64) -> Resu
         Ok(metadata) => metadata,
         Err(error) => return Ok(failure(&TOOL, &error)),
     };
+    if metadata.is_directory {
+        return Ok(coded_failure("is_a_directory", format!("read_file failed: {path} is a directory")));
+    }
     // Opening a pipe or a device could hold up the whole stream at the executor.
     if !metadata.is_file {
         return Ok(coded_failure("not_a_file", format!("read_file failed: {path} is not a regular file")));

@@ -240,6 +240,18 @@ config! {
         env_exclude: Vec<String> = ["CODEX_*", "OPENAI_*", "AWS_*", "EXEC_*"].map(String::from).to_vec(),
     }
 
+    /// Transfers: byte pipes between two HTTP clients that hold the same ticket.
+    transfer: Transfers {
+        /// Time for the two sides of a transfer to meet where its maker names none, in seconds.
+        ticket_ttl_secs: u64 = 300 => 1..=86_400,
+        /// Longest such time that a maker may ask for, in seconds.
+        ticket_ttl_max_secs: u64 = 3600 => 1..=86_400,
+        /// Transfers of one workspace that are not over; a further one gets 429.
+        workspace_max: usize = 16 => 1..=100_000,
+        /// How long a sender may send nothing before its transfer fails, in seconds.
+        stall_secs: u64 = 30 => 1..=3600,
+    }
+
     /// Process sessions.
     session: Sessions {
         /// Sessions of one workspace, ended ones that can still be read included; a further one gets 429.
@@ -365,6 +377,9 @@ impl Config {
                     &format!("`{pattern}` is not a variable's name, with `*` at the end at most"),
                 );
             }
+        }
+        if self.transfer.ticket_ttl_secs > self.transfer.ticket_ttl_max_secs {
+            wrong("transfer.ticket_ttl_secs", "must be at most transfer.ticket_ttl_max_secs");
         }
         // Each is within its range already; saturating keeps absurd ones from wrapping round.
         if self.drain.announce_secs.saturating_add(self.drain.grace_secs) > 50 {

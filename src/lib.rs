@@ -14,6 +14,7 @@ pub mod session;
 pub mod store;
 pub mod time;
 pub mod tools;
+pub mod transfer;
 pub mod workspace;
 
 pub use exec_gateway_protocol as protocol;

@@ -24,3 +24,4 @@ mod sessions;
 mod shell;
 mod tenancy;
 mod tokens;
+mod transfer;

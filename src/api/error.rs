@@ -15,6 +15,7 @@ use crate::relay::conversation::HandshakeError;
 use crate::session::{SessionError, StdinError};
 use crate::store::StoreError;
 use crate::tools::ToolError;
+use crate::transfer::TransferError;
 use crate::workspace::{ReachError, TooManyCalls};
 
 /// An answer that says what went wrong. `message` is for the caller, `cause` for the log: a caller never learns an
@@ -254,6 +255,20 @@ impl From<Arc<ReachError>> for ApiError {
 impl From<ReachError> for ApiError {
     fn from(error: ReachError) -> Self {
         Self::from(&error)
+    }
+}
+
+impl From<TransferError> for ApiError {
+    fn from(error: TransferError) -> Self {
+        let message = error.to_string();
+        match error {
+            TransferError::Unknown => Self::new(404, "transfer_not_found", message),
+            TransferError::TooMany(_) => Self::new(429, "too_many_transfers", message).retry_after(5),
+            TransferError::Claimed(_) => Self::new(423, "transfer_claimed", message),
+            TransferError::Alone(_) => Self::new(408, "transfer_alone", message),
+            TransferError::Over => Self::new(410, "transfer_over", message),
+            TransferError::Failed(_) => Self::new(502, "transfer_failed", message),
+        }
     }
 }
 

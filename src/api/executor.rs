@@ -326,6 +326,11 @@ pub(super) fn websocket_base(api: &Api, headers: &HeaderMap) -> String {
     }
 }
 
+/// The same for those who come over HTTP.
+pub(super) fn http_base(api: &Api, headers: &HeaderMap) -> String {
+    websocket_base(api, headers).replacen("ws", "http", 1)
+}
+
 fn is_host(host: &str) -> bool {
     !host.is_empty()
         && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']'))

@@ -7,6 +7,7 @@ pub mod executor;
 pub mod harness;
 pub mod processes;
 pub mod rest;
+pub mod transfer;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock, Weak};
@@ -29,8 +30,12 @@ use crate::ops::metrics::Metrics;
 use crate::protocol::rest::ErrorBody;
 use crate::relay::harness::AttachedSessions;
 use crate::session::Sessions;
+use crate::transfer::Transfers;
 use crate::workspace::Corridor;
 use crate::workspace::cache::Workspaces;
+
+/// Where transfers are, each below its ticket.
+const TRANSFERS: &str = "/relay/";
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -44,6 +49,8 @@ pub struct Api {
     pub workspaces: Arc<Workspaces>,
     /// Processes that outlive their callers.
     pub sessions: Arc<Sessions>,
+    /// Byte pipes between two clients.
+    pub transfers: Transfers,
     /// Bounds and times of tool calls.
     pub tools: Arc<crate::config::Tools>,
     /// Counters.
@@ -74,6 +81,7 @@ impl Api {
             workspaces,
             sessions,
             tools: Arc::new(config.tools.clone()),
+            transfers: Transfers::new(config.transfer.clone()),
             config,
             corridor,
             metrics,
@@ -143,6 +151,9 @@ impl Api {
             Route::ExecutorBind => compat::bind(&self, &parameter, request).await,
             Route::ExecutorsBound => compat::bound(&self, &parameter, request).await,
             Route::ExecutorUnbind => compat::unbind(&self, &parameter, request).await,
+            Route::TransferCreate => transfer::create(&self, request).await,
+            Route::TransferPut => transfer::put(&self, &parameter, request).await,
+            Route::TransferGet => transfer::get(&self, &parameter, request).await,
             Route::CloudRelay => executor::open_registered_link(&self, &parameter, request).await,
             Route::Bridge => executor::open_link(&self, &parameter, request).await,
             Route::Health => {
@@ -153,11 +164,12 @@ impl Api {
     }
 
     fn refuse_while_draining(&self) -> Result<(), ApiError> {
-        if self.draining.is_cancelled() {
-            return Err(ApiError::new(503, "draining", "the gateway is restarting").retry_after(1));
-        }
-        Ok(())
+        if self.draining.is_cancelled() { Err(draining()) } else { Ok(()) }
     }
+}
+
+fn draining() -> ApiError {
+    ApiError::new(503, "draining", "the gateway is restarting").retry_after(1)
 }
 
 /// The caller's request id where it is a usable one, else a new one.
@@ -180,11 +192,17 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 fn log(error: &ApiError, request_id: &HeaderValue, method: &Method, path: &str) {
     let request_id = request_id.to_str().unwrap_or_default();
     let (status, code, cause) = (error.status(), error.code(), error.cause().unwrap_or_default());
+    let path = public_part(path);
     if status >= 500 {
         tracing::warn!(request_id, %method, path, status, code, cause, "request failed");
     } else {
         tracing::debug!(request_id, %method, path, status, code, cause, "request refused");
     }
+}
+
+/// What may be told of a path: that of a transfer goes on with its ticket.
+fn public_part(path: &str) -> &str {
+    if path.starts_with(TRANSFERS) { TRANSFERS } else { path }
 }
 
 fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
@@ -248,4 +266,16 @@ fn json_bytes(line: impl Into<Bytes>) -> Response<Body> {
 fn query_parameter(query: &str, name: &str) -> Option<String> {
     let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
     pairs.into_iter().find(|(key, _)| *key == name).and_then(|(_, value)| percent_decode(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_path_of_a_transfer_is_logged_without_its_ticket() {
+        assert_eq!(public_part("/relay/rly_secret"), "/relay/");
+        assert_eq!(public_part("/relay/rly_secret/more"), "/relay/");
+        assert_eq!(public_part("/api/connectors/envs/list"), "/api/connectors/envs/list");
+    }
 }

@@ -1,6 +1,5 @@
 //! Connector REST: environments and tool calls of a workspace (connectors-api.md §2.2).
 
-use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +18,7 @@ use zeroize::Zeroizing;
 use super::error::ApiError;
 use super::{Api, json, json_bytes, json_line};
 use crate::auth::{Principal, bearer};
-use crate::edge::body::{self, Body};
+use crate::edge::body::{self, Body, BrokenOff};
 use crate::ops::metrics::CallLabels;
 use crate::protocol::rest::{Env, EnvList, Ran, ToolCall, ToolResult};
 use crate::time::rfc3339;
@@ -146,7 +145,7 @@ fn keep_alive(run: Pin<Box<RunningCall>>, every: Duration) -> Response<Body> {
             }
             _ = state.spaces.tick() => (Bytes::from_static(b" "), Some(state)),
         };
-        Some((Ok::<_, Infallible>(Frame::data(bytes)), state))
+        Some((Ok::<_, BrokenOff>(Frame::data(bytes)), state))
     });
     let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

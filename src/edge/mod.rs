@@ -3,6 +3,7 @@
 pub mod body;
 pub mod burst;
 pub mod listener;
+pub mod pipe;
 pub mod router;
 pub mod stall;
 pub mod upgrade;

@@ -54,6 +54,12 @@ pub enum Route {
     ExecutorsBound,
     /// A service unbinds an executor.
     ExecutorUnbind,
+    /// A service makes a transfer.
+    TransferCreate,
+    /// The sending side of a transfer.
+    TransferPut,
+    /// The receiving side of a transfer.
+    TransferGet,
     /// The gateway is alive.
     Health,
 }
@@ -71,7 +77,7 @@ pub enum Envelope {
 
 impl Route {
     /// How errors of this route are written: WebSocket doors speak plain text (connectors-api.md §2.4), those of
-    /// services a text in JSON (§2.7).
+    /// services a text in JSON (§2.6, §2.7).
     pub fn envelope(self) -> Envelope {
         match self {
             Self::Bridge | Self::CloudRelay | Self::Health => Envelope::Text,
@@ -81,7 +87,10 @@ impl Route {
             | Self::ExecutorDelete
             | Self::ExecutorBind
             | Self::ExecutorsBound
-            | Self::ExecutorUnbind => Envelope::Message,
+            | Self::ExecutorUnbind
+            | Self::TransferCreate
+            | Self::TransferPut
+            | Self::TransferGet => Envelope::Message,
             Self::EnvList
             | Self::ToolCall
             | Self::ProcessList
@@ -149,6 +158,9 @@ impl Router {
         add(Method::POST, "/api/codex-exec/workspaces/{wid}/executors", Route::ExecutorBind);
         add(Method::GET, "/api/codex-exec/workspaces/{wid}/executors", Route::ExecutorsBound);
         add(Method::DELETE, "/api/codex-exec/workspaces/{wid}/executors/{id}", Route::ExecutorUnbind);
+        add(Method::POST, "/api/exec-gateway/relay/create", Route::TransferCreate);
+        add(Method::PUT, "/relay/{ticket}", Route::TransferPut);
+        add(Method::GET, "/relay/{ticket}", Route::TransferGet);
         add(Method::GET, "/healthz", Route::Health);
         let mut paths = matchit::Router::new();
         for (path, routes) in table {

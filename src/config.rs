@@ -232,6 +232,8 @@ config! {
         relink_wait_secs: u64 = 25 => 1..=3600,
         /// Bytes of output, or of a file, that one call returns.
         output_bytes_max: usize = 32 * 1024 * 1024 => 1..=64 * 1024 * 1024,
+        /// Bytes of a file that one `PUT` of it may have.
+        upload_bytes_max: u64 = 64 * 1024 * 1024 * 1024 => 1..=1024 * 1024 * 1024 * 1024,
         /// Time after which a call still running sends its status and then spaces, in seconds; the Python client gives up after 30 s of silence.
         keepalive_after_secs: u64 = 15 => 1..=29,
         /// Interval of those spaces, in seconds.
@@ -248,7 +250,7 @@ config! {
         ticket_ttl_max_secs: u64 = 3600 => 1..=86_400,
         /// Transfers of one workspace that are not over; a further one gets 429.
         workspace_max: usize = 16 => 1..=100_000,
-        /// How long a sender may send nothing before its transfer fails, in seconds.
+        /// How long a sender may send nothing before its transfer, or its upload of a file, fails, in seconds.
         stall_secs: u64 = 30 => 1..=3600,
     }
 

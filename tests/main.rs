@@ -10,6 +10,7 @@ mod codex_harness;
 mod compat;
 mod endure;
 mod files;
+mod files_http;
 mod flavours;
 mod harness;
 mod limits;

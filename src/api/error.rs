@@ -14,7 +14,7 @@ use crate::relay::client::{CallError, ConnectError};
 use crate::relay::conversation::HandshakeError;
 use crate::session::{SessionError, StdinError};
 use crate::store::StoreError;
-use crate::tools::ToolError;
+use crate::tools::{FileError, ToolError};
 use crate::transfer::TransferError;
 use crate::workspace::{ReachError, TooManyCalls};
 
@@ -269,6 +269,28 @@ impl From<TransferError> for ApiError {
             TransferError::Over => Self::new(410, "transfer_over", message),
             TransferError::Failed(_) => Self::new(502, "transfer_failed", message),
         }
+    }
+}
+
+impl From<FileError> for ApiError {
+    fn from(error: FileError) -> Self {
+        let failure = match error {
+            FileError::Tool(error) => return error.into(),
+            FileError::Failed(failure) => failure,
+        };
+        let status = match failure.code {
+            "invalid" => 400,
+            "no_permission" => 403,
+            "not_found" => 404,
+            "changed" | "exists" => 412,
+            "too_large" => 413,
+            "no_space" => 507,
+            // What is there is of another kind, and the rest of what systems say.
+            _ => 409,
+        };
+        // That which is for an environment, or a path of ours, has this code too.
+        let code = if status == 404 { "file_not_found" } else { failure.code };
+        Self::new(status, code, failure.message)
     }
 }
 

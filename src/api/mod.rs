@@ -4,6 +4,7 @@ pub mod compat;
 mod credential;
 pub mod error;
 pub mod executor;
+pub mod files;
 pub mod harness;
 pub mod processes;
 pub mod rest;
@@ -132,6 +133,8 @@ impl Api {
         match route {
             Route::EnvList => rest::list_environments(&self, request).await,
             Route::ToolCall => rest::call_tool(&self, &parameter, request).await,
+            Route::FileGet => files::get(&self, &parameter, request).await,
+            Route::FilePut => files::put(&self, &parameter, request).await,
             Route::ProcessList => processes::list(&self, request).await,
             Route::ProcessShow => processes::show(&self, &parameter, request).await,
             Route::ProcessForget => processes::forget(&self, &parameter, request).await,

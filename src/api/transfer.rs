@@ -224,7 +224,7 @@ impl Source {
 }
 
 /// The next bytes of a body; `None` at its end.
-async fn next(body: &mut Incoming) -> Result<Option<Bytes>, BodyError> {
+pub(super) async fn next(body: &mut Incoming) -> Result<Option<Bytes>, BodyError> {
     loop {
         match body.frame().await {
             None => return Ok(None),

@@ -12,6 +12,10 @@ pub enum Route {
     EnvList,
     /// One tool call.
     ToolCall,
+    /// The content of a file.
+    FileGet,
+    /// A new content for a file.
+    FilePut,
     /// The process sessions of a workspace.
     ProcessList,
     /// One process session.
@@ -93,6 +97,8 @@ impl Route {
             | Self::TransferGet => Envelope::Message,
             Self::EnvList
             | Self::ToolCall
+            | Self::FileGet
+            | Self::FilePut
             | Self::ProcessList
             | Self::ProcessShow
             | Self::ProcessForget
@@ -132,6 +138,8 @@ impl Router {
         for base in ["/api/connectors", "/api/sdk"] {
             add(Method::POST, &format!("{base}/envs/list"), Route::EnvList);
             add(Method::POST, &format!("{base}/envs/{{name}}/tool/call"), Route::ToolCall);
+            add(Method::GET, &format!("{base}/envs/{{name}}/files"), Route::FileGet);
+            add(Method::PUT, &format!("{base}/envs/{{name}}/files"), Route::FilePut);
             add(Method::GET, &format!("{base}/processes"), Route::ProcessList);
             add(Method::GET, &format!("{base}/processes/{{sid}}"), Route::ProcessShow);
             add(Method::DELETE, &format!("{base}/processes/{{sid}}"), Route::ProcessForget);
@@ -176,7 +184,8 @@ impl Router {
     pub fn find(&self, method: &Method, path: &str) -> Result<(Route, String), RouteError> {
         let Match { value: routes, params } = self.0.at(path).map_err(|_| RouteError::NotFound)?;
         let answers = |wanted: &Method, route: Route| {
-            wanted == method || (*wanted == Method::GET && *method == Method::HEAD && route == Route::Health)
+            let has_head = matches!(route, Route::Health | Route::FileGet);
+            wanted == method || (*wanted == Method::GET && *method == Method::HEAD && has_head)
         };
         let Some((_, route)) = routes.iter().find(|(wanted, route)| answers(wanted, *route)) else {
             let allowed: Vec<&str> = routes.iter().map(|(wanted, _)| wanted.as_str()).collect();

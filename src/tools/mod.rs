@@ -10,6 +10,8 @@ mod process;
 mod script;
 mod shell;
 
+pub use files::{Download, Failure, FileError, Upload, Uploaded};
+
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};

@@ -23,7 +23,7 @@ use std::time::Duration;
 pub use adapter::Adapter;
 pub use app_server::{AppServer, Route};
 pub use caller::{Answer, Caller};
-pub use codex::{CodexExecutor, Marker, Workbench};
+pub use codex::{CodexExecutor, Machine, Marker, Workbench};
 pub use fake_executor::{FakeExecutor, FakeLink, Reply};
 pub use gateway::{Credentials, DaemonProcess, TestGateway};
 pub use harness::{Harness, Tongue};

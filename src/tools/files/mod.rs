@@ -2,13 +2,18 @@
 //!
 //! Every path is made absolute here before an executor or a script sees it.
 
+pub(super) mod growing;
 pub(super) mod open_file;
 mod read_file;
+pub(super) mod reading;
 pub(super) mod staging;
+mod stream;
 mod write_file;
 
 pub(super) use read_file::TOOL as READ_FILE;
 pub(super) use write_file::TOOL as WRITE_FILE;
+
+pub use stream::{Download, Upload, Uploaded};
 
 use serde_json::json;
 use tokio::time::Instant;
@@ -22,7 +27,7 @@ use crate::workspace::pool::Use;
 
 /// Why a file tool has nothing to show for it.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum FileError {
+pub enum FileError {
     /// The executor did its part, and it was not possible: a result of the tool.
     #[error(transparent)]
     Failed(#[from] Failure),
@@ -34,13 +39,13 @@ pub(super) enum FileError {
 /// What was not possible.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
-pub(super) struct Failure {
+pub struct Failure {
     /// For programs.
-    pub(super) code: &'static str,
+    pub code: &'static str,
     /// For people.
-    pub(super) message: String,
+    pub message: String,
     /// SHA-256 of the content that was found instead of the expected one.
-    pub(super) current: Option<String>,
+    pub current: Option<String>,
 }
 
 impl Failure {
@@ -176,6 +181,11 @@ impl<'a> Attempts<'a> {
     /// What the next attempt is made with.
     pub(super) fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// The attempt under way has got on: the next loss of a link is waited for in full.
+    pub(super) fn got_on(&mut self) {
+        self.way.got_on();
     }
 
     /// The result of the last attempt, unless it was cut off by the loss of its link: then nothing, and another can be

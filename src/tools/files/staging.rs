@@ -129,9 +129,24 @@ impl Staged {
         target: &FileUri,
         parents: bool,
     ) -> Result<Self, FileError> {
+        Self::begin_as(site, client, target, parents, None).await
+    }
+
+    /// The same under a name of the caller's, by which it is found again after the gateway was killed.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub(super) async fn begin_as(
+        site: Site<'_>,
+        client: &Client,
+        target: &FileUri,
+        parents: bool,
+        name: Option<&str>,
+    ) -> Result<Self, FileError> {
         let target = target.resolved();
         let directory = directory_for(client, &target, parents).await?;
-        let path = directory.child(&format!("{PREFIX}{}.part", uuid::Uuid::new_v4().simple()));
+        let unique = || format!("{PREFIX}{}.part", uuid::Uuid::new_v4().simple());
+        let path = directory.child(&name.map_or_else(unique, str::to_owned));
         let (workspace, binding) = (site.call.workspace.clone(), site.binding.clone());
         let opening = {
             let (client, path) = (client.clone(), path.clone());

@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use hyper::body::Incoming;
-use hyper::header::{HOST, HeaderName, HeaderValue};
-use hyper::{HeaderMap, Request, Response};
+use hyper::header::{HeaderName, HeaderValue};
+use hyper::http::Extensions;
+use hyper::http::request::Parts;
+use hyper::{Request, Response};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_tungstenite::WebSocketStream;
@@ -20,6 +22,8 @@ use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
 use crate::auth::sigv4::SignedRequest;
 use crate::config::Secret;
 use crate::edge::body::{self, Body};
+use crate::edge::peer;
+use crate::edge::tls::ClientCertified;
 use crate::edge::upgrade::{self, SocketLimits};
 use crate::ops::metrics::OutcomeLabel;
 use crate::protocol::ids::{ExecutorId, RegistrationId};
@@ -163,6 +167,7 @@ async fn register_held(
 ) -> Result<Response<Body>, ApiError> {
     let executor = ExecutorId::new(id).map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
     let (head, body) = request.into_parts();
+    check_certificate(api, &head.extensions)?;
     let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.edge.header_timeout_secs)).await?;
     let wanted = match door {
         // What agentx sends is not needed, and older versions send nothing.
@@ -178,7 +183,7 @@ async fn register_held(
         }
     };
     tracing::info!(%executor, registration = %registered.id, transport = ?registered.transport, "executor registered");
-    Ok(json(&answer(api, door, &registered, &head.headers)))
+    Ok(json(&answer(api, door, &registered, &head)))
 }
 
 /// One try to register: nothing is answered before it is stored, so that a restarted gateway serves the same URL.
@@ -283,10 +288,10 @@ async fn verify(
     })
 }
 
-fn answer(api: &Api, door: Door, registration: &Registration, headers: &HeaderMap) -> RegisterResponse {
+fn answer(api: &Api, door: Door, registration: &Registration, request: &Parts) -> RegisterResponse {
     let executor = &registration.executor;
     let ticket = api.corridor.auth.tickets().mint(executor);
-    let base = websocket_base(api, headers);
+    let base = websocket_base(api, request);
     let (path, mark) = match door {
         Door::Codex => ("bridge", ""),
         Door::Agentx => ("agentx", ""),
@@ -308,8 +313,16 @@ fn answer(api: &Api, door: Door, registration: &Registration, headers: &HeaderMa
     }
 }
 
+/// Where certificates are asked of executors, this one has to have shown one in its TLS handshake.
+fn check_certificate(api: &Api, connection: &Extensions) -> Result<(), ApiError> {
+    if api.config.tls.executor_authorities.is_none() || connection.get::<ClientCertified>().is_some() {
+        return Ok(());
+    }
+    Err(ApiError::new(403, "certificate_required", "executors have to show a client certificate here"))
+}
+
 /// Where the executor dials: the configured public URL, else the Host under which it has just reached us.
-pub(super) fn websocket_base(api: &Api, headers: &HeaderMap) -> String {
+pub(super) fn websocket_base(api: &Api, request: &Parts) -> String {
     match &api.config.public_url {
         Some(url) => {
             let url = url.trim_end_matches('/');
@@ -320,20 +333,16 @@ pub(super) fn websocket_base(api: &Api, headers: &HeaderMap) -> String {
             }
         }
         None => {
-            let host = headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_host(host));
-            format!("ws://{}", host.unwrap_or("127.0.0.1"))
+            let (tls, host) = peer::reached(&request.headers, request.extensions.get());
+            let scheme = if tls { "wss" } else { "ws" };
+            format!("{scheme}://{}", host.as_deref().unwrap_or("127.0.0.1"))
         }
     }
 }
 
 /// The same for those who come over HTTP.
-pub(super) fn http_base(api: &Api, headers: &HeaderMap) -> String {
-    websocket_base(api, headers).replacen("ws", "http", 1)
-}
-
-fn is_host(host: &str) -> bool {
-    !host.is_empty()
-        && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']'))
+pub(super) fn http_base(api: &Api, request: &Parts) -> String {
+    websocket_base(api, request).replacen("ws", "http", 1)
 }
 
 /// `POST …/validate`: may this harness key talk to this executor? Never asks upstream: the bearer is compared with the
@@ -448,6 +457,7 @@ async fn serve_link(
             TicketError::Malformed | TicketError::WrongExecutor => "unknown_route",
         })
     })?;
+    check_certificate(api, request.extensions())?;
     let registration = registration.and_then(|id| RegistrationId::new(&id).ok()).ok_or_else(unknown)?;
     // The executor waits 10 s for the upgrade, as for a register.
     let mut hold = Hold::new(api);

@@ -100,7 +100,7 @@ pub async fn connect(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Re
     let authorization = harness.mint(workspace.id(), &registration.executor, &registration.id, &key.digest());
     // For our door alone: the authorization is shown to the executor too, and tells nothing about the caller.
     let credential = api.corridor.auth.resume_names().seal_bearer(&registration.executor, bearer(&head.headers)?);
-    let base = executor::websocket_base(api, &head.headers);
+    let base = executor::websocket_base(api, &head);
     let mut answer = json(&ConnectResponse {
         environment_id: id.to_owned(),
         // All three consist of characters that need no escaping in a query.

@@ -46,9 +46,10 @@ pub async fn create(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respon
         _ => service.map(|()| None)?,
     };
     api.refuse_while_draining()?;
-    let base = http_base(api, request.headers());
+    let (head, body) = request.into_parts();
+    let base = http_base(api, &head);
     let CreateTransfer { workspace_id: workspace, source_exe_id, dest_exe_id, ttl_seconds, max_bytes } =
-        read(api, request).await?;
+        read(api, Request::from_parts(head, body)).await?;
     let of_caller = caller.is_none_or(|principal| *principal.workspace() == workspace);
     let executor = async |id: &str| -> Result<ExecutorId, ApiError> {
         let refused = || ApiError::new(403, "forbidden", format!("executor not in workspace: {id}"));

@@ -261,14 +261,7 @@ impl Store {
             let stored = tx.execute(
                 "INSERT INTO registrations (id, executor, transport, public_key, credential, created_at)
                  VALUES (?, ?, ?, ?, ?, ?)",
-                params![
-                    id.as_str(),
-                    executor.as_str(),
-                    transport_name(*transport),
-                    public_key,
-                    credential,
-                    nanos(*created_at)
-                ],
+                params![id.as_str(), executor.as_str(), transport.name(), public_key, credential, nanos(*created_at)],
             );
             let taken = || StoreError::Conflict(format!("registration {id} belongs to another executor"));
             stored.map_err(|error| or_conflict(error, taken))?;
@@ -477,7 +470,7 @@ impl Store {
             tx.execute(
                 "DELETE FROM keys WHERE purpose = ?1 AND seq NOT IN
                  (SELECT seq FROM keys WHERE purpose = ?1 ORDER BY seq DESC LIMIT 2)",
-                [purpose_name(purpose)],
+                [purpose.name()],
             )?;
             Ok(Keyring { current, previous })
         })
@@ -601,12 +594,10 @@ fn find_binding(
 }
 
 fn find_keyring(db: &Connection, purpose: KeyPurpose) -> Result<Option<Keyring>, StoreError> {
-    let keys = all(
-        db,
-        "SELECT kid, secret FROM keys WHERE purpose = ? ORDER BY seq DESC LIMIT 2",
-        [purpose_name(purpose)],
-        |row| Ok(GatewayKey { kid: row.get(0)?, secret: Zeroizing::new(row.get(1)?) }),
-    )?;
+    let keys =
+        all(db, "SELECT kid, secret FROM keys WHERE purpose = ? ORDER BY seq DESC LIMIT 2", [purpose.name()], |row| {
+            Ok(GatewayKey { kid: row.get(0)?, secret: Zeroizing::new(row.get(1)?) })
+        })?;
     let mut keys = keys.into_iter();
     Ok(keys.next().map(|current| Keyring { current, previous: keys.next() }))
 }
@@ -619,7 +610,7 @@ fn add_key(tx: &Transaction<'_>, purpose: KeyPurpose) -> Result<GatewayKey, Stor
     let key = GatewayKey { kid: format!("{:08x}", u32::from_be_bytes(kid)), secret };
     tx.execute(
         "INSERT INTO keys (purpose, kid, secret) VALUES (?, ?, ?)",
-        params![purpose_name(purpose), key.kid, *key.secret],
+        params![purpose.name(), key.kid, *key.secret],
     )?;
     Ok(key)
 }
@@ -699,7 +690,7 @@ const REGISTRATION: &str = "id, executor, transport, public_key, credential, cre
 
 fn registration_from(row: &Row<'_>) -> rusqlite::Result<Registration> {
     let name: String = row.get(2)?;
-    let transport = TRANSPORTS.into_iter().find(|transport| transport_name(*transport) == name);
+    let transport = TRANSPORTS.into_iter().find(|transport| transport.name() == name);
     Ok(Registration {
         id: parsed(row, 0)?,
         executor: parsed(row, 1)?,
@@ -740,25 +731,6 @@ fn scope_names(scope: &RevocationScope) -> (&'static str, &str) {
 }
 
 const TRANSPORTS: [Transport; 4] = [Transport::Noise, Transport::Relay, Transport::Direct, Transport::Agentx];
-
-fn transport_name(transport: Transport) -> &'static str {
-    match transport {
-        Transport::Noise => "noise",
-        Transport::Relay => "relay",
-        Transport::Direct => "direct",
-        Transport::Agentx => "agentx",
-    }
-}
-
-fn purpose_name(purpose: KeyPurpose) -> &'static str {
-    match purpose {
-        KeyPurpose::CapToken => "cap_token",
-        KeyPurpose::Ticket => "ticket",
-        KeyPurpose::Executor => "executor",
-        KeyPurpose::Harness => "harness",
-        KeyPurpose::Resume => "resume",
-    }
-}
 
 pub(super) fn parsed<T>(row: &Row<'_>, column: usize) -> rusqlite::Result<T>
 where

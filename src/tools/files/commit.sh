@@ -34,18 +34,6 @@ refuse() {
   exit 1
 }
 
-# The SHA-256 of file $1, in $sum.
-hash() {
-  if command -v sha256sum >/dev/null; then
-    sum=$(sha256sum <"$1")
-  elif command -v shasum >/dev/null; then
-    sum=$(shasum -a 256 <"$1")
-  else
-    sum=$(openssl dgst -sha256 -r <"$1")
-  fi || return 1
-  sum=${sum%% *}
-}
-
 # Where $1 is once links are followed, in $place; what is behind a link need not be there.
 follow() {
   place=$1 links=0

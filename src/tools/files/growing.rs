@@ -124,7 +124,7 @@ pub(in crate::tools) async fn grow(
     deadline: Instant,
     mut acknowledged: impl FnMut(u64) + Send,
 ) -> Result<Staged, FileError> {
-    let mut attempts = Attempts::at(site, deadline).await?;
+    let mut attempts = Attempts::harmless(site, deadline).await?;
     let (mut whole, mut at) = match begun {
         Some((staged, at)) => (Some(staged), at),
         None => (None, 0),
@@ -223,7 +223,7 @@ pub(super) async fn join(
         // There is no way to put two files together.
         None => Err(ToolError::Lost { ran: crate::protocol::rest::Ran::Unknown }.into()),
         Some(ended) if ended.exit_code == Some(0) => Ok(()),
-        Some(ended) => Err(Failure::said(&ended.stderr).into()),
+        Some(ended) => Err(Failure::said(&ended).into()),
     }
 }
 
@@ -242,9 +242,9 @@ pub(in crate::tools) async fn sum(
     if let Some(ended) = site.script(SUM, &[&native, &blocks], deadline).await? {
         let text = String::from_utf8_lossy(&ended.stdout);
         let sum: String = text.chars().take_while(char::is_ascii_hexdigit).collect();
-        return if sum.len() == 64 { Ok(sum) } else { Err(Failure::said(&ended.stderr).into()) };
+        return if sum.len() == 64 { Ok(sum) } else { Err(Failure::said(&ended).into()) };
     }
-    let mut attempts = Attempts::at(site, deadline).await?;
+    let mut attempts = Attempts::harmless(site, deadline).await?;
     loop {
         let attempt = content_hash(attempts.client(), path).await.map_err(FileError::from);
         if let Some(sum) = attempts.over(attempt).await {

@@ -2,22 +2,44 @@
 //!
 //! Every path is made absolute here before an executor or a script sees it.
 
+mod edit_file;
+mod find_files;
 pub(super) mod growing;
+mod list_directory;
+mod make_directory;
+mod move_path;
 pub(super) mod open_file;
 mod read_file;
 pub(super) mod reading;
+mod remove_path;
+mod search_files;
 pub(super) mod staging;
+mod stat;
 mod stream;
+mod walk;
 mod write_file;
 
+pub(super) use edit_file::TOOL as EDIT_FILE;
+pub(super) use find_files::TOOL as FIND_FILES;
+pub(super) use list_directory::TOOL as LIST_DIRECTORY;
+pub(super) use make_directory::TOOL as MAKE_DIRECTORY;
+pub(super) use move_path::TOOL as MOVE_PATH;
 pub(super) use read_file::TOOL as READ_FILE;
+pub(super) use remove_path::TOOL as REMOVE_PATH;
+pub(super) use search_files::TOOL as SEARCH_FILES;
+pub(super) use stat::TOOL as STAT;
 pub(super) use write_file::TOOL as WRITE_FILE;
 
 pub use stream::{Download, Upload, Uploaded};
 
+use std::time::{Duration, UNIX_EPOCH};
+
+use schemars::JsonSchema;
+use serde::Serialize;
 use serde_json::json;
 use tokio::time::Instant;
 
+use super::execution::Ended;
 use super::{Site, Tool, ToolError, WayBack};
 use crate::protocol::path::{FileUri, PathError};
 use crate::protocol::rest::{Ran, ToolResult};
@@ -64,11 +86,36 @@ impl Failure {
         Self::new(code, error.message.clone())
     }
 
-    /// What a script had to say on its error stream.
-    pub(super) fn said(stderr: &[u8]) -> Self {
+    /// What a script said that did not succeed: `refused CODE` on its output, or the reason on its error stream.
+    pub(super) fn said(ended: &Ended) -> Self {
+        let output = String::from_utf8_lossy(&ended.stdout);
+        let refused = output.lines().find_map(|line| line.strip_prefix("refused "));
+        match refused.and_then(|code| Self::known(code.trim())) {
+            Some(failure) => failure,
+            None => Self::of_errors(&ended.stderr),
+        }
+    }
+
+    /// What is wrong, by a code that needs no further reason.
+    pub(super) fn known(code: &str) -> Option<Self> {
+        const REASONS: &[(&str, &str)] = &[
+            ("changed", "the file has another content than expected"),
+            ("exists", "the path exists"),
+            ("is_a_directory", "the path is a directory"),
+            ("no_permission", "the file may not be written"),
+            ("not_a_directory", "a file is where a directory is needed"),
+            ("not_a_file", "not a regular file"),
+            ("not_found", "the file does not exist"),
+            ("symlink_loop", "links point to each other"),
+        ];
+        REASONS.iter().find(|(known, _)| *known == code).map(|(code, reason)| Self::new(code, *reason))
+    }
+
+    /// The reason that programs have told on an error stream.
+    fn of_errors(stderr: &[u8]) -> Self {
         let text = String::from_utf8_lossy(stderr);
-        // The last line is the nearest to the end; no path is shown twice, and none of ours.
-        let line = text.lines().rev().find(|line| system_code(line).is_some()).or(text.lines().last());
+        let line = text.lines().find(|line| system_code(line).is_some()).or(text.lines().last());
+        // What stands before it are names of programs and paths, also of ours.
         let reason = line.and_then(|line| line.rsplit(": ").next()).unwrap_or("the script ended early");
         Self::new(line.and_then(system_code).unwrap_or("failed"), reason)
     }
@@ -139,6 +186,7 @@ fn system_code(message: &str) -> Option<&'static str> {
         ("already exists", "exists"),
         ("File name too long", "invalid"),
         ("Invalid argument", "invalid"),
+        ("to a subdirectory of itself", "invalid"),
     ];
     SAYINGS.iter().find(|(saying, _)| message.contains(saying)).map(|(_, code)| *code)
 }
@@ -161,21 +209,97 @@ pub(super) async fn look(client: &Client, path: &FileUri) -> Result<Option<Metad
     }
 }
 
+/// A success: what programs read and what people and models read.
+fn answer(output: impl Serialize, text: impl Into<String>) -> ToolResult {
+    ToolResult { structured_content: Some(serde_json::to_value(output).expect("plain data")), ..ToolResult::text(text) }
+}
+
+/// A time as callers are told it.
+fn time(ms: i64) -> String {
+    let since = Duration::from_millis(ms.unsigned_abs());
+    crate::time::rfc3339(if ms < 0 { UNIX_EPOCH - since } else { UNIX_EPOCH + since })
+}
+
+/// What is at a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    /// A regular file, or a link to one.
+    File,
+    /// A directory, or a link to one.
+    Directory,
+    /// A link that leads nowhere.
+    Symlink,
+    /// A pipe, a socket, a device.
+    Other,
+}
+
+impl Kind {
+    fn of(metadata: &Metadata) -> Self {
+        match metadata {
+            Metadata { is_directory: true, .. } => Self::Directory,
+            Metadata { is_file: true, .. } => Self::File,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// Makes sure that the path is a directory.
+///
+/// # Errors
+/// [`FileError`] where it is none.
+async fn look_at_directory(client: &Client, path: &FileUri) -> Result<(), FileError> {
+    match look(client, path).await? {
+        Some(found) if found.is_directory => Ok(()),
+        Some(_) => Err(Failure::new("not_a_directory", "the path is not a directory").into()),
+        None => Err(Failure::new("not_found", "the directory does not exist").into()),
+    }
+}
+
+/// The regular file at the path. Anything else is refused: opening a pipe or a device could hold up the whole stream
+/// at the executor.
+///
+/// # Errors
+/// [`FileError`] where it is none.
+pub(super) async fn look_at_file(client: &Client, path: &FileUri) -> Result<Metadata, FileError> {
+    match look(client, path).await? {
+        Some(found) if found.is_file => Ok(found),
+        Some(found) if found.is_directory => Err(Failure::new("is_a_directory", "the path is a directory").into()),
+        Some(_) => Err(Failure::new("not_a_file", "not a regular file").into()),
+        None => Err(Failure::new("not_found", "the file does not exist").into()),
+    }
+}
+
 /// Attempts at something with a client for files, on one link after the other: for what does no harm when it is done
-/// twice, or not to its end.
+/// twice.
 pub(super) struct Attempts<'a> {
     client: Client,
     way: WayBack<'a>,
+    /// What an attempt that was cut off counts as.
+    lost: Ran,
+    again: bool,
 }
 
 impl<'a> Attempts<'a> {
-    /// Gets ready for the first attempt.
+    /// Gets ready for the first attempt at something that changes nothing, or nothing that anybody sees.
     ///
     /// # Errors
     /// [`ToolError`] where the executor is not reached.
-    pub(super) async fn at(site: Site<'a>, deadline: Instant) -> Result<Self, ToolError> {
+    pub(super) async fn harmless(site: Site<'a>, deadline: Instant) -> Result<Self, ToolError> {
+        Self::at(site, deadline, Ran::No).await
+    }
+
+    /// The same for something of which one cannot tell, once it was cut off, whether it has been done.
+    ///
+    /// # Errors
+    /// [`ToolError`] where the executor is not reached.
+    pub(super) async fn visible(site: Site<'a>, deadline: Instant) -> Result<Self, ToolError> {
+        Self::at(site, deadline, Ran::Unknown).await
+    }
+
+    async fn at(site: Site<'a>, deadline: Instant, lost: Ran) -> Result<Self, ToolError> {
         let client = site.client(Use::Files, deadline).await?;
-        Ok(Self { client, way: site.way_back(Use::Files, deadline) })
+        Ok(Self { client, way: site.way_back(Use::Files, deadline), lost, again: false })
     }
 
     /// What the next attempt is made with.
@@ -188,18 +312,29 @@ impl<'a> Attempts<'a> {
         self.way.got_on();
     }
 
+    /// Whether an attempt before this one was cut off, and may have been successful.
+    pub(super) fn again(&self) -> bool {
+        self.again
+    }
+
     /// The result of the last attempt, unless it was cut off by the loss of its link: then nothing, and another can be
-    /// made. Nothing counts as having run.
+    /// made.
     pub(super) async fn over<T>(&mut self, attempt: Result<T, FileError>) -> Option<Result<T, FileError>> {
         match attempt {
-            Err(FileError::Tool(ToolError::Lost { .. })) => match self.way.find(&self.client, false).await {
-                Ok(next) => {
-                    self.client = next;
-                    None
+            Err(FileError::Tool(ToolError::Lost { ran })) => {
+                let sent = ran == Ran::Unknown && self.lost == Ran::Unknown;
+                match self.way.find(&self.client, sent).await {
+                    Ok(next) => {
+                        self.again |= sent;
+                        self.client = next;
+                        None
+                    }
+                    Err(error) => Some(Err(error.into())),
                 }
-                Err(error) => Some(Err(error.into())),
-            },
-            Err(FileError::Tool(ToolError::NoAnswer { .. })) => Some(Err(ToolError::NoAnswer { ran: Ran::No }.into())),
+            }
+            Err(FileError::Tool(ToolError::NoAnswer { .. })) => {
+                Some(Err(ToolError::NoAnswer { ran: self.lost }.into()))
+            }
             attempt => Some(attempt),
         }
     }

@@ -20,6 +20,7 @@ use crate::protocol::rest::Ran;
 use crate::protocol::rpc::{BLOCK_BYTES_MAX, FsCanonicalize, FsCreateDirectory, FsRemove, OpenMode};
 use crate::relay::client::{CallError, Client};
 use crate::store::Binding;
+use crate::tools::execution::Ended;
 use crate::tools::{Call, Site, ToolError};
 use crate::workspace::Workspace;
 use crate::workspace::pool::{Pool, Use};
@@ -37,14 +38,13 @@ const FOLLOW_PAUSE: Duration = Duration::from_millis(200);
 /// Bytes of arguments that a script is given; systems take at least 1 MiB, with the variables.
 const ARGUMENT_BYTES_MAX: usize = 512 * 1024;
 
-const COMMIT: &str = include_str!("commit.sh");
+const COMMIT: &str = concat!(include_str!("hash.sh"), include_str!("commit.sh"));
 
 /// A content beside the file that it is for. Removed on drop.
-pub(in crate::tools) struct Staged {
-    left: Option<Left>,
-    handle: Option<OpenFile>,
-    target: FileUri,
-}
+pub(in crate::tools) struct Staged(Leftover);
+
+/// Something at the executor that is not to stay, whatever becomes of its call. Removed on drop, with all it holds.
+pub(in crate::tools) struct Leftover(Option<Left>);
 
 /// What is at the executor until it is committed or removed.
 struct Left {
@@ -54,6 +54,7 @@ struct Left {
     path: FileUri,
     /// Under way: what is not made yet cannot be removed.
     opening: Option<JoinHandle<Result<OpenFile, CallError>>>,
+    open: Option<OpenFile>,
 }
 
 /// What one file is to become.
@@ -145,21 +146,13 @@ impl Staged {
     ) -> Result<Self, FileError> {
         let target = target.resolved();
         let directory = directory_for(client, &target, parents).await?;
-        let unique = || format!("{PREFIX}{}.part", uuid::Uuid::new_v4().simple());
-        let path = directory.child(&name.map_or_else(unique, str::to_owned));
-        let (workspace, binding) = (site.call.workspace.clone(), site.binding.clone());
-        let opening = {
-            let (client, path) = (client.clone(), path.clone());
-            tokio::spawn(async move { OpenFile::open(&client, &path, OpenMode::Replace).await })
-        };
-        let left = Left { workspace, binding, client: client.clone(), path, opening: Some(opening) };
-        let mut staged = Self { left: Some(left), handle: None, target };
-        let opening = staged.left.as_mut().and_then(|left| left.opening.as_mut()).expect("both are set above");
-        let opened = opening.await.unwrap_or(Err(CallError::Lost { sent: true }));
-        if let Some(left) = &mut staged.left {
-            left.opening = None;
+        let mut staged = Self(match name {
+            None => Leftover::beside(site, client, &directory),
+            Some(name) => Leftover::at(site, client, directory.child(name)),
+        });
+        if let Some(left) = &mut staged.0.0 {
+            left.open = Some(left.open_for_writing().await?);
         }
-        staged.handle = Some(opened?);
         Ok(staged)
     }
 
@@ -193,7 +186,7 @@ impl Staged {
     /// # Errors
     /// [`CallError`]; after the loss of the link the content has to be staged anew, since its handle is lost.
     pub(in crate::tools) async fn write(&self, offset: u64, block: &[u8]) -> Result<(), CallError> {
-        match &self.handle {
+        match self.0.0.as_ref().and_then(|left| left.open.as_ref()) {
             Some(handle) => handle.write(offset, block).await,
             None => Err(CallError::Lost { sent: false }),
         }
@@ -204,7 +197,7 @@ impl Staged {
     /// # Errors
     /// [`CallError`]: what the executor could not write it may tell here.
     pub(in crate::tools) async fn finish(&mut self) -> Result<(), CallError> {
-        match self.handle.take() {
+        match self.0.0.as_mut().and_then(|left| left.open.take()) {
             Some(handle) => handle.close().await,
             None => Ok(()),
         }
@@ -212,12 +205,30 @@ impl Staged {
 
     /// Where it is.
     pub(in crate::tools) fn path(&self) -> &FileUri {
-        self.left.as_ref().map_or(&self.target, |left| &left.path)
+        self.0.path()
+    }
+}
+
+impl Leftover {
+    /// Something about to be made in that directory, under a name that nobody else has.
+    pub(in crate::tools) fn beside(site: Site<'_>, client: &Client, directory: &FileUri) -> Self {
+        Self::at(site, client, directory.child(&format!("{PREFIX}{}.part", uuid::Uuid::new_v4().simple())))
     }
 
-    /// It is in its place.
-    fn committed(mut self) {
-        self.left = None;
+    /// Something about to be made there.
+    fn at(site: Site<'_>, client: &Client, path: FileUri) -> Self {
+        let (workspace, binding) = (site.call.workspace.clone(), site.binding.clone());
+        Self(Some(Left { workspace, binding, client: client.clone(), path, opening: None, open: None }))
+    }
+
+    /// Where it is.
+    pub(in crate::tools) fn path(&self) -> &FileUri {
+        &self.0.as_ref().expect("only `gone` and the drop take it").path
+    }
+
+    /// It is there no longer, or in its place.
+    pub(in crate::tools) fn gone(mut self) {
+        self.0 = None;
     }
 }
 
@@ -245,22 +256,13 @@ async fn directory_for(client: &Client, target: &FileUri, parents: bool) -> Resu
     }
 }
 
-impl Drop for Staged {
+impl Drop for Leftover {
     fn drop(&mut self) {
-        let (Some(mut left), Ok(runtime)) = (self.left.take(), Handle::try_current()) else { return };
-        let handle = self.handle.take();
+        let (Some(left), Ok(runtime)) = (self.0.take(), Handle::try_current()) else { return };
         let endings = left.workspace.corridor().endings.clone();
         let removing = async move {
-            let opened = match left.opening.take() {
-                Some(opening) => opening.await.ok().and_then(Result::ok),
-                None => handle,
-            };
-            // Some systems do not remove what is open.
-            if let Some(opened) = opened {
-                let _ = opened.close().await;
-            }
             if timeout(FOLLOW_WAIT, left.remove()).await.is_err() {
-                tracing::debug!("a staged content was left at its executor, which is away");
+                tracing::debug!("something staged was left at its executor, which is away");
             }
         };
         endings.spawn_on(removing, &runtime);
@@ -268,12 +270,28 @@ impl Drop for Staged {
 }
 
 impl Left {
+    async fn open_for_writing(&mut self) -> Result<OpenFile, CallError> {
+        let (client, path) = (self.client.clone(), self.path.clone());
+        let opening = async move { OpenFile::open(&client, &path, OpenMode::Replace).await };
+        let opening = self.opening.insert(tokio::spawn(opening));
+        let opened = opening.await.unwrap_or(Err(CallError::Lost { sent: true }));
+        self.opening = None;
+        opened
+    }
+
     async fn remove(mut self) {
+        if let Some(opening) = self.opening.take() {
+            self.open = opening.await.ok().and_then(Result::ok);
+        }
+        // Some systems do not remove what is open.
+        if let Some(open) = self.open.take() {
+            let _ = open.close().await;
+        }
         loop {
-            let remove = FsRemove { path: self.path.clone(), recursive: false, force: true };
+            let remove = FsRemove { path: self.path.clone(), recursive: true, force: true };
             match self.client.call(&remove).await {
                 Err(CallError::Lost { .. }) => {}
-                Err(error) => return tracing::debug!(%error, "a staged content was left at its executor"),
+                Err(error) => return tracing::debug!(%error, "something staged was left at its executor"),
                 Ok(_) => return,
             }
             match Pool::successor(&self.workspace, &self.binding, Use::Files, &self.client).await {
@@ -315,11 +333,11 @@ async fn run(
     };
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let committed = match site.script(COMMIT, &arguments, deadline).await? {
-        Some(ended) => said(&ended.stdout, &ended.stderr),
+        Some(ended) => said(&ended),
         None => direct(site, &changes, deadline).await?,
     };
     if let Ok(Committed { atomic: true, .. }) = committed {
-        changes.into_iter().filter_map(|change| change.put).for_each(|put| put.staged.committed());
+        changes.into_iter().filter_map(|change| change.put).for_each(|put| put.staged.0.gone());
     }
     Ok(committed)
 }
@@ -352,8 +370,8 @@ fn arguments(changes: &[Change]) -> Result<Vec<String>, Refused> {
 }
 
 /// What the script said.
-fn said(stdout: &[u8], stderr: &[u8]) -> Result<Committed, Refused> {
-    let text = String::from_utf8_lossy(stdout);
+fn said(ended: &Ended) -> Result<Committed, Refused> {
+    let text = String::from_utf8_lossy(&ended.stdout);
     let mut lines = text.lines();
     let mut words = lines.next().unwrap_or_default().split(' ');
     if words.next() == Some("done") {
@@ -365,16 +383,7 @@ fn said(stdout: &[u8], stderr: &[u8]) -> Result<Committed, Refused> {
         return Ok(Committed { atomic: true, outcomes: lines.map(outcome).collect() });
     }
     let index = words.next().and_then(|word| word.parse().ok()).unwrap_or_default();
-    let mut failure = match words.next() {
-        Some("changed") => Failure::new("changed", "the file has another content than expected"),
-        Some("exists") => Failure::new("exists", "the file exists"),
-        Some("not_found") => Failure::new("not_found", "the file does not exist"),
-        Some("is_a_directory") => Failure::new("is_a_directory", "the path is a directory"),
-        Some("not_a_file") => Failure::new("not_a_file", "not a regular file"),
-        Some("no_permission") => Failure::new("no_permission", "the file may not be written"),
-        Some("symlink_loop") => Failure::new("symlink_loop", "links point to each other"),
-        _ => Failure::said(stderr),
-    };
+    let mut failure = words.next().and_then(Failure::known).unwrap_or_else(|| Failure::said(ended));
     failure.current = words.next().filter(|word| !word.is_empty()).map(str::to_owned);
     Err(Refused { index, failure })
 }
@@ -386,7 +395,7 @@ async fn direct(
     deadline: Instant,
 ) -> Result<Result<Committed, Refused>, ToolError> {
     let mut outcomes = Vec::new();
-    let mut attempts = Attempts::at(site, deadline).await?;
+    let mut attempts = Attempts::visible(site, deadline).await?;
     for (index, change) in changes.iter().enumerate() {
         let changed = loop {
             let attempt = change_directly(attempts.client(), change).await;
@@ -397,7 +406,6 @@ async fn direct(
         match changed {
             Ok(outcome) => outcomes.push(outcome),
             Err(FileError::Failed(failure)) => return Ok(Err(Refused { index, failure })),
-            Err(FileError::Tool(ToolError::Lost { .. })) => return Err(ToolError::Lost { ran: Ran::Unknown }),
             Err(FileError::Tool(error)) => return Err(error),
         }
     }
@@ -541,7 +549,8 @@ mod tests {
                 command.arg(mode).arg(expected);
             }
             let output = command.output().unwrap();
-            match said(&output.stdout, &output.stderr) {
+            let (stdout, stderr, exit_code) = (output.stdout.clone(), output.stderr.clone(), output.status.code());
+            match said(&Ended { stdout, stderr, exit_code, timed_out: false, lost_bytes: 0, lost_chunks: 0 }) {
                 Ok(committed) => Ok(committed.outcomes),
                 Err(Refused { index, failure }) => {
                     assert_ne!(failure.message, "the script ended early", "{output:?}");

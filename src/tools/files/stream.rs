@@ -35,7 +35,7 @@ impl Download {
     pub async fn of(call: Call, environment: &str, path: &str) -> Result<Self, FileError> {
         let binding = call.workspace.environment(environment).await.map_err(|error| ToolError::Reach(error.into()))?;
         let site = Site { call: &call, binding: &binding };
-        let mut attempts = Attempts::at(site, call.deadline(None)?).await?;
+        let mut attempts = Attempts::harmless(site, call.deadline(None)?).await?;
         let file = loop {
             let attempt = async {
                 let client = attempts.client();
@@ -65,7 +65,7 @@ impl Download {
     /// [`FileError`]; what was handed on is of no use then.
     pub async fn pour(self, range: Range<u64>, into: mpsc::Sender<Bytes>) -> Result<(), FileError> {
         let site = Site { call: &self.call, binding: &self.binding };
-        let mut attempts = Attempts::at(site, Instant::now() + STREAM_MAX).await?;
+        let mut attempts = Attempts::harmless(site, Instant::now() + STREAM_MAX).await?;
         let end = if self.file.size == 0 { u64::MAX } else { range.end };
         pour(&mut attempts, &self.file, range.start..end, &into).await
     }
@@ -120,7 +120,7 @@ impl Upload {
         let site = Site { call, binding: &binding };
         let mode = permissions(self.mode.clone())?;
         let deadline = Instant::now() + STREAM_MAX;
-        let mut attempts = Attempts::at(site, deadline).await?;
+        let mut attempts = Attempts::harmless(site, deadline).await?;
         let target = resolve(attempts.client().environment(), "path", &self.path)?;
         let expect = match self.if_match.as_deref() {
             _ if self.if_none => Expect::Missing,

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::staging::{Change, Expect, Outcome, Put, Staged, commit, sha256};
-use super::{Attempts, FileError};
+use super::{Attempts, FileError, answer};
 use crate::protocol::rest::ToolResult;
 use crate::tools::{Effect, Run, Site, Tool, ToolError, before, parse, resolve};
 
@@ -72,7 +72,7 @@ async fn call(site: Site<'_>, arguments: Arguments) -> Result<ToolResult, ToolEr
     let (mode, expect) = (permissions(mode)?, expectation(if_match)?);
     let deadline = site.call.deadline(None)?;
     let writing = async {
-        let mut attempts = Attempts::at(site, deadline).await?;
+        let mut attempts = Attempts::harmless(site, deadline).await?;
         let change = loop {
             let staging = async {
                 let client = attempts.client();
@@ -88,10 +88,7 @@ async fn call(site: Site<'_>, arguments: Arguments) -> Result<ToolResult, ToolEr
         let committed = commit(site, vec![change], deadline).await?.map_err(|refused| refused.failure)?;
         let created = committed.outcomes == [Outcome::Created];
         let output = Output { bytes: content.len(), sha256: sha256(&content), created, atomic: committed.atomic };
-        Ok(ToolResult {
-            structured_content: Some(serde_json::to_value(output).expect("plain data")),
-            ..ToolResult::text("ok")
-        })
+        Ok(answer(output, "ok"))
     };
     before(deadline, async { writing.await.or_else(|error: FileError| error.result(&TOOL)) }).await
 }

@@ -8,6 +8,7 @@ mod bridge_faults;
 mod cli;
 mod codex_harness;
 mod compat;
+mod copy;
 mod endure;
 mod files;
 mod files_http;

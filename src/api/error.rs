@@ -296,14 +296,16 @@ impl From<FileError> for ApiError {
 
 impl From<ToolError> for ApiError {
     fn from(error: ToolError) -> Self {
-        match &error {
-            ToolError::Arguments(message) => Self::new(400, "bad_arguments", message.clone()),
-            ToolError::Reach(reach) => Self::from(&**reach),
-            ToolError::Lost { ran } => Self::new(502, "executor_unreachable", error.to_string()).with_ran(*ran),
-            ToolError::NoAnswer { ran } => Self::new(504, "executor_timeout", error.to_string()).with_ran(*ran),
-            ToolError::Session(session) => Self::from(session),
+        let message = error.to_string();
+        match error {
+            ToolError::Arguments(_) => Self::new(400, "bad_arguments", message),
+            ToolError::Reach(reach) => Self::from(&*reach),
+            ToolError::Lost { ran } => Self::new(502, "executor_unreachable", message).with_ran(ran),
+            ToolError::NoAnswer { ran } => Self::new(504, "executor_timeout", message).with_ran(ran),
+            ToolError::End { error, .. } => Self::from(*error).in_words(&message),
+            ToolError::Session(session) => Self::from(&session),
             ToolError::Malformed(cause) => {
-                Self::new(502, "executor_unreachable", error.to_string()).with_ran(Ran::Unknown).caused_by(cause)
+                Self::new(502, "executor_unreachable", message).with_ran(Ran::Unknown).caused_by(&cause)
             }
         }
     }

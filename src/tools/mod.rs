@@ -10,7 +10,7 @@ mod process;
 mod script;
 mod shell;
 
-pub use files::{Download, Failure, FileError, Upload, Uploaded};
+pub use files::{Copies, Download, Failure, FileError, Upload, Uploaded};
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -64,7 +64,6 @@ pub enum Effect {
 /// How a tool runs: at one environment, or for the workspace as a whole.
 enum Run {
     At(for<'a> fn(Site<'a>, Value) -> Running<'a>),
-    #[expect(dead_code, reason = "the tools of the whole workspace are not there yet")]
     Workspace(for<'a> fn(&'a Call, Value) -> Running<'a>),
 }
 
@@ -124,6 +123,14 @@ pub enum ToolError {
         /// Whether the call may have run.
         ran: Ran,
     },
+    /// It failed at one of its two executors.
+    #[error("{end}: {error}")]
+    End {
+        /// Which one, as the tool's arguments call it.
+        end: &'static str,
+        /// What failed there.
+        error: Box<ToolError>,
+    },
     /// A process session could not be started.
     #[error(transparent)]
     Session(SessionError),
@@ -147,6 +154,7 @@ impl Tool {
         &files::MAKE_DIRECTORY,
         &files::REMOVE_PATH,
         &files::MOVE_PATH,
+        &files::COPY_PATH,
     ];
 
     /// The tool of that name.
@@ -243,6 +251,13 @@ fn parse<T: DeserializeOwned>(arguments: Value) -> Result<T, ToolError> {
 }
 
 impl Call {
+    /// Tells who wants to know how far it has come.
+    fn progressed(&self, done: u64, total: u64) {
+        if let Some(progress) = &self.progress {
+            progress.send_replace(Progress { done, total: Some(total) });
+        }
+    }
+
     /// When a call that may take `timeout_ms` is over.
     fn deadline(&self, timeout_ms: Option<u64>) -> Result<Instant, ToolError> {
         let max = Duration::from_secs(self.settings.timeout_max_secs);

@@ -23,7 +23,7 @@ use crate::tools::{Site, ToolError};
 /// What goes into one part after the loss of a link.
 pub(super) const PART_BYTES: u64 = 64 * 1024 * 1024;
 
-const BLOCK: u64 = BLOCK_BYTES_MAX as u64;
+pub(super) const BLOCK: u64 = BLOCK_BYTES_MAX as u64;
 
 /// `$2` is written into `$1` from block `$3` on; done twice it does no harm.
 const JOIN: &str = r#"dd if="$2" of="$1" bs=1048576 seek="$3" conv=notrunc && rm -f "$2""#;

@@ -2,6 +2,8 @@
 //!
 //! Every path is made absolute here before an executor or a script sees it.
 
+mod copy_path;
+pub(super) mod copying;
 mod edit_file;
 mod find_files;
 pub(super) mod growing;
@@ -16,9 +18,11 @@ mod search_files;
 pub(super) mod staging;
 mod stat;
 mod stream;
+mod tree;
 mod walk;
 mod write_file;
 
+pub(super) use copy_path::TOOL as COPY_PATH;
 pub(super) use edit_file::TOOL as EDIT_FILE;
 pub(super) use find_files::TOOL as FIND_FILES;
 pub(super) use list_directory::TOOL as LIST_DIRECTORY;
@@ -30,6 +34,7 @@ pub(super) use search_files::TOOL as SEARCH_FILES;
 pub(super) use stat::TOOL as STAT;
 pub(super) use write_file::TOOL as WRITE_FILE;
 
+pub use copying::Copies;
 pub use stream::{Download, Upload, Uploaded};
 
 use std::time::{Duration, UNIX_EPOCH};

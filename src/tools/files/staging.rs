@@ -209,14 +209,21 @@ impl Staged {
     }
 }
 
+impl From<Leftover> for Staged {
+    /// A content that is whole already.
+    fn from(leftover: Leftover) -> Self {
+        Self(leftover)
+    }
+}
+
 impl Leftover {
     /// Something about to be made in that directory, under a name that nobody else has.
     pub(in crate::tools) fn beside(site: Site<'_>, client: &Client, directory: &FileUri) -> Self {
         Self::at(site, client, directory.child(&format!("{PREFIX}{}.part", uuid::Uuid::new_v4().simple())))
     }
 
-    /// Something about to be made there.
-    fn at(site: Site<'_>, client: &Client, path: FileUri) -> Self {
+    /// Something that is there, or about to be made.
+    pub(super) fn at(site: Site<'_>, client: &Client, path: FileUri) -> Self {
         let (workspace, binding) = (site.call.workspace.clone(), site.binding.clone());
         Self(Some(Left { workspace, binding, client: client.clone(), path, opening: None, open: None }))
     }
@@ -233,7 +240,7 @@ impl Leftover {
 }
 
 /// The directory to stage in: the one of the target, or of what it points to.
-async fn directory_for(client: &Client, target: &FileUri, parents: bool) -> Result<FileUri, FileError> {
+pub(super) async fn directory_for(client: &Client, target: &FileUri, parents: bool) -> Result<FileUri, FileError> {
     let no_directory = || Failure::new("is_a_directory", "the path is a directory");
     let mut directory = target.parent().ok_or_else(no_directory)?;
     match look(client, target).await? {

@@ -7,7 +7,9 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::support::gateway::{free_address, workspace};
-use crate::support::{Caller, Credentials, DaemonProcess, MIB, Machine, Scratch, TestGateway, eventually, noise};
+use crate::support::{
+    Caller, Credentials, DaemonProcess, MIB, Machine, Scratch, TestGateway, eventually, noise, peak_mib,
+};
 
 /// A caller of workspace `w` with two machines, `from` and `to`.
 struct Pair {
@@ -258,13 +260,6 @@ fn staged_bytes(machine: &Machine) -> u64 {
     sizes.sum()
 }
 
-/// The largest memory that a process has had, in MiB.
-fn peak_mib(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_goes_on_after_cuts_at_both_ends_and_a_gateway_that_was_killed() {
     const SIZE: usize = 256 * MIB + 777;
@@ -278,7 +273,10 @@ async fn a_copy_goes_on_after_cuts_at_both_ends_and_a_gateway_that_was_killed() 
         Machine::connected(address, &first, &caller, "box"),
         Machine::connected(address, &second, &caller, "to")
     );
-    let content = noise(7, SIZE);
+    let mut content = noise(7, 8 * MIB).repeat(33);
+    content.truncate(SIZE);
+    // No two blocks are the same.
+    content.chunks_mut(MIB).zip(0_u64..).for_each(|(block, nth)| block[..8].copy_from_slice(&nth.to_le_bytes()));
     std::fs::write(from.file("file"), &content).unwrap();
     let arguments = json!({
         "source_environment_id": "box", "source_path": "file",

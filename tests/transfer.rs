@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::support::caller::Failure;
-use crate::support::{Answer, Caller, MIB, Pieces, TestGateway, eventually, noise};
+use crate::support::gateway::workspace;
+use crate::support::{Answer, Caller, DaemonProcess, MIB, Pieces, Scratch, TestGateway, eventually, noise, peak_mib};
 
 const SECRET: &str = "between-the-services";
 
@@ -378,4 +379,44 @@ async fn a_transfer_ends_with_the_right_to_its_executors() {
     assert_eq!(drained(received).await, (b"some".to_vec(), false));
     assert_eq!(refusal(&put.answer().await.unwrap()), (500, "the transfer was withdrawn".into()));
     assert_eq!(refusal(&waiting.answer().await.unwrap()), (404, "no such transfer".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_takes_little_memory_and_fails_for_both_sides_with_its_gateway() {
+    let state = Scratch::new();
+    let secret = state.path().join("secret");
+    std::fs::write(&secret, SECRET).unwrap();
+    let arguments = ["--auth-shared-secret-file", secret.to_str().unwrap()];
+    let daemon = DaemonProcess::start(&state, "127.0.0.1:0".parse().unwrap(), &arguments).await;
+    let (_, credentials) = workspace(&state, &daemon).await;
+    let service = Caller::new(daemon.address, Some(SECRET.into()));
+    let order = json!({
+        "workspace_id": "w", "source_exe_id": credentials.executor, "dest_exe_id": credentials.executor,
+    });
+    let sides = async || {
+        let made = service.post("/api/exec-gateway/relay/create", order.clone()).await.json();
+        let ticket = made["ticket"].as_str().unwrap().to_owned();
+        let bearer = format!("Bearer {ticket}");
+        let side = async |method: &str, length| {
+            let headers = [("authorization", bearer.as_str())];
+            Pieces::send(daemon.address, method, &format!("/relay/{ticket}"), &headers, length).await
+        };
+        (side("PUT", None).await, side("GET", Some(0)).await)
+    };
+
+    let before = peak_mib(daemon.pid());
+    let (put, mut get) = sides().await;
+    let bytes = noise(8, MIB).repeat(256);
+    let (sent, received) = tokio::join!(pour(put, &bytes), async { drained(get.begun().await.unwrap()).await });
+    assert_eq!((sent.unwrap().status.as_u16(), received.0.len(), received.1), (200, bytes.len(), true));
+    let peak = peak_mib(daemon.pid());
+    println!("256 MiB transferred; most memory of the gateway before and after: {before} and {peak} MiB");
+    assert!(peak < before + 32, "{before} and {peak} MiB");
+
+    let (put, mut get) = sides().await;
+    put.piece(b"some".to_vec()).await.unwrap();
+    let received = get.begun().await.unwrap();
+    daemon.kill().await;
+    assert!(!drained(received).await.1, "a part is no whole");
+    assert!(put.answer().await.is_err());
 }

@@ -145,6 +145,7 @@ impl Tool {
         &shell::TOOL,
         &files::READ_FILE,
         &files::WRITE_FILE,
+        &files::COPY_PATH,
         &exec_command::TOOL,
         &files::EDIT_FILE,
         &files::LIST_DIRECTORY,
@@ -154,7 +155,6 @@ impl Tool {
         &files::MAKE_DIRECTORY,
         &files::REMOVE_PATH,
         &files::MOVE_PATH,
-        &files::COPY_PATH,
     ];
 
     /// The tool of that name.

@@ -66,6 +66,13 @@ pub fn noise(mut seed: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
+/// The largest memory that a process has had, in MiB.
+pub fn peak_mib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
+}
+
 /// A directory of this test alone, removed with the value.
 pub struct Scratch(PathBuf);
 

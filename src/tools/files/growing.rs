@@ -269,3 +269,30 @@ pub(in crate::tools) async fn verified(
     }
     Ok(Grown { staged, bytes, sha256 })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn pieces_of_any_size_become_blocks_of_which_only_the_last_is_short() {
+        let (pieces, content) = mpsc::channel(8);
+        let mut blocks = Blocks::of(content);
+        let bytes: Vec<u8> = (0..3 * BLOCK_BYTES_MAX + 5).map(|nth| (nth % 251) as u8).collect();
+        let sent = bytes.clone();
+        tokio::spawn(async move {
+            let (first, rest) = sent.split_at(BLOCK_BYTES_MAX);
+            let _ = pieces.send(Bytes::copy_from_slice(first)).await;
+            for piece in rest.chunks(100_001) {
+                let _ = pieces.send(Bytes::copy_from_slice(piece)).await;
+            }
+        });
+        let mut received = Vec::new();
+        while let Some(block) = blocks.next().await {
+            assert!(received.len() % BLOCK_BYTES_MAX == 0, "only the last one is short");
+            received.extend_from_slice(&block);
+        }
+        assert!(received == bytes);
+        assert_eq!((blocks.bytes, blocks.sha256()), (bytes.len() as u64, super::super::staging::sha256(&bytes)));
+    }
+}

@@ -460,3 +460,35 @@ fn listed(said: &[u8]) -> Result<BTreeMap<String, Entry>, FileError> {
     }
     Ok(entries)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const SAID: &[u8] = b".\0./a\nb\0./l\0./p\0\0\
+        41ed 4096 7\n81a4 12 8\na1ff 3 9\n11a4 0 9\n\n\
+        to\n\nx\0";
+
+    #[test]
+    fn a_list_is_read_with_whatever_stands_in_names() {
+        let entries = listed(SAID).unwrap();
+        let entry = |kind, mode| Entry { kind, mode };
+        let expected = [
+            (".", entry(Kind::Directory, 0o755)),
+            ("./a\nb", entry(Kind::File { size: 12, modified: 8 }, 0o644)),
+            ("./l", entry(Kind::Link("to\n".into()), 0o777)),
+            ("./p", entry(Kind::Other, 0o644)),
+        ];
+        assert!(entries.iter().map(|(path, entry)| (path.as_str(), entry.clone())).eq(expected));
+    }
+
+    #[test]
+    fn a_list_that_is_torn_or_contradicts_itself_is_refused() {
+        for end in 0..SAID.len() {
+            assert!(listed(&SAID[..end]).is_err(), "{end} bytes");
+        }
+        assert!(listed(b".\0./a\0\041ed 4096 7\n\n").is_err(), "two paths and facts of one");
+        assert!(listed(b"./\xff\0\081a4 1 7\n\n").is_err(), "no text");
+    }
+}

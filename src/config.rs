@@ -137,6 +137,8 @@ config! {
     auth: Auth {
         /// Base URL of a service that validates proxy tokens and executor credentials. Empty: the gateway's own tokens only.
         upstream_url: Option<String> = None,
+        /// PEM file with the authorities that may have signed the service's certificate, for a URL with https. Empty: those of the system.
+        upstream_authorities: Option<PathBuf> = None,
         /// Shared secret sent to that service as `X-Internal-Secret`. Better given by file or by systemd.
         upstream_secret: Option<Secret> = None,
         /// File that holds `auth.upstream_secret`. With neither given: `$CREDENTIALS_DIRECTORY/upstream_secret`, as systemd passes it.
@@ -215,12 +217,18 @@ config! {
         spill_memory_bytes_max: usize = 1024 * 1024 => 64 * 1024..=256 * 1024 * 1024,
         /// Bytes for one slow harness stream kept on disk; past it the stream is reset.
         spill_bytes_max: u64 = 64 * 1024 * 1024 => 0..=1024 * 1024 * 1024 * 1024,
+        /// How long a stream waits for its harness whose socket broke, in seconds, but not past dead_secs; 0 ends it at once.
+        comeback_wait_secs: u64 = 30 => 0..=600,
+        /// Newest bytes written to one harness in relay frames that are kept for its way back.
+        comeback_bytes_max: usize = 1024 * 1024 => 0..=256 * 1024 * 1024,
         /// Size of one frame to or from an encrypted executor, in bytes; executors take 262144.
         frame_bytes_max: usize = 256 * 1024 => 4096..=262_144,
         /// Size of one JSON-RPC message, in bytes; executors take 67108864.
         message_bytes_max: usize = 64 * 1024 * 1024 => 4096..=67_108_864,
         /// Size of one frame from an executor without relay frames, in bytes: such executors send a whole answer in one.
         json_frame_bytes_max: usize = 96 * 1024 * 1024 => 65_536..=1024 * 1024 * 1024,
+        /// How long, after a restart of the gateway, processes on such an executor wait for their callers before they are ended, in seconds; executors keep a session for 80.
+        adopt_secs: u64 = 80 => 1..=80,
         /// Sessions of callers on such an executor, those included that wait to be taken up again.
         sessions_max: usize = 512 => 1..=65_536,
         /// Read buffer of one executor's socket, in bytes.
@@ -383,11 +391,6 @@ impl Config {
         if let Some(url) = &self.auth.upstream_url {
             if let Err(message) = check_url(url, &["http", "https"]) {
                 wrong("auth.upstream_url", &message);
-            } else if scheme(url) == "https" {
-                wrong(
-                    "auth.upstream_url",
-                    "https is not supported yet; reach the service over http on a private network",
-                );
             }
             if self.auth.upstream_secret.is_none() {
                 wrong("auth.upstream_secret", "is needed with auth.upstream_url; it or its file is not given");
@@ -688,7 +691,7 @@ mod tests {
     }
 
     #[test]
-    fn the_upstream_needs_plain_http_and_a_secret_that_fits_a_header() {
+    fn the_upstream_needs_a_web_address_and_a_secret_that_fits_a_header() {
         let upstream = |url: &str, secret: Option<&str>| {
             places(|config| {
                 config.auth.upstream_url = Some(url.into());
@@ -696,7 +699,8 @@ mod tests {
             })
         };
         assert_eq!(upstream("http://upstream.test", Some("s3cret")), Vec::<String>::new());
-        assert_eq!(upstream("https://upstream.test", Some("s3cret")), ["auth.upstream_url"]);
+        assert_eq!(upstream("https://upstream.test", Some("s3cret")), Vec::<String>::new());
+        assert_eq!(upstream("ftp://upstream.test", Some("s3cret")), ["auth.upstream_url"]);
         assert_eq!(upstream("http://upstream.test", None), ["auth.upstream_secret"]);
         assert_eq!(upstream("http://upstream.test", Some("line\nbreak")), ["auth.upstream_secret"]);
     }

@@ -285,6 +285,15 @@ async fn a_register_while_the_store_is_away_is_told_to_wait() {
 }
 
 #[tokio::test]
+async fn a_public_url_that_leads_nowhere_keeps_no_call_from_its_executor() {
+    let gateway = TestGateway::with(|config| config.public_url = Some("http://127.0.0.1:9".into())).await;
+    let credentials = gateway.executor("w", "box").await;
+    let (_executor, _link) = FakeExecutor::connected(&gateway, &credentials).await;
+    let result = gateway.caller("w").await.shell("box", json!({ "command": "true" })).await;
+    assert_eq!(result["exit_code"], 0);
+}
+
+#[tokio::test]
 async fn a_register_outlasts_a_store_that_is_away_for_a_while() {
     let gateway = TestGateway::start().await;
     let executor = FakeExecutor::new(gateway.address(), &gateway.executor("w", "box").await);

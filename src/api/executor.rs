@@ -12,6 +12,7 @@ use hyper::http::Extensions;
 use hyper::http::request::Parts;
 use hyper::{Request, Response};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use uuid::Uuid;
@@ -509,7 +510,9 @@ async fn serve_link(
             None => link::run(socket, handle, outbox).await,
             // Boxed for the same reason: most links are not of this kind, and need no room for it.
             Some(shared) => {
-                let (end, shared) = Box::pin(link::run_shared(socket, handle, outbox, shared)).await;
+                let (lasting, told) = watch::channel(Vec::new());
+                tokio::spawn(keep_processes(api.clone(), executor.clone(), told));
+                let (end, shared) = Box::pin(link::run_shared(socket, handle, outbox, shared, lasting)).await;
                 // Before the place is given up: the executor's next socket waits for that, and takes it.
                 api.corridor.registry.leave(&executor, shared);
                 end
@@ -544,7 +547,7 @@ where
     let former = match registry.take_left(executor) {
         Some(left) => Former::Socket(left),
         None => match store.shared_session(executor).await {
-            Ok(Some(session)) => Former::Stored(ExecutorSessionId::new(session.expose())),
+            Ok(Some((session, processes))) => Former::Stored(ExecutorSessionId::new(session.expose()), processes),
             Ok(None) => Former::None,
             Err(error) => {
                 tracing::warn!(%executor, %error, "the executor's session is not known");
@@ -570,6 +573,17 @@ where
         tracing::warn!(%executor, %error, "the executor's session was not stored");
     }
     Some(shared)
+}
+
+/// Stores which processes run on a shared socket until it ends, so that the next gateway process can end what nobody
+/// takes up: what prints nothing would not be heard of.
+async fn keep_processes(api: Arc<Api>, executor: ExecutorId, mut told: watch::Receiver<Vec<String>>) {
+    while told.changed().await.is_ok() {
+        let processes = told.borrow_and_update().clone();
+        if let Err(error) = api.corridor.store.save_shared_processes(&executor, &processes).await {
+            tracing::warn!(%executor, %error, "the processes of an executor were not stored");
+        }
+    }
 }
 
 /// Makes an executor register again, which its credential decides: on the direct transport 409 alone does, elsewhere any

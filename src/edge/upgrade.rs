@@ -28,6 +28,9 @@ pub enum UpgradeError {
     Version,
 }
 
+/// What a WebSocket of the gateway's is made of.
+pub type SocketStream = BurstRead<Transport>;
+
 /// Sizes and buffers of one socket.
 #[derive(Debug, Clone, Copy)]
 pub struct SocketLimits {
@@ -73,7 +76,7 @@ pub fn accept<B>(
     mut request: Request<B>,
     protocol: Option<HeaderValue>,
     limits: SocketLimits,
-) -> (Response<Body>, impl Future<Output = Option<WebSocketStream<BurstRead<Transport>>>>) {
+) -> (Response<Body>, impl Future<Output = Option<WebSocketStream<SocketStream>>>) {
     let key = request.headers().get(SEC_WEBSOCKET_KEY).map_or(&b""[..], HeaderValue::as_bytes);
     let accept = derive_accept_key(key);
     let mut response = Response::new(full(""));

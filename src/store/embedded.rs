@@ -283,6 +283,7 @@ impl Store {
         let executor = executor.clone();
         self.write(move |tx| {
             must_exist(tx, &executor)?;
+            // A new session, in which nothing runs yet.
             let sql = "INSERT OR REPLACE INTO shared_sessions (executor, session) VALUES (?, ?)";
             tx.execute(sql, [executor.as_str(), session.expose()])?;
             Ok(())
@@ -290,17 +291,33 @@ impl Store {
         .await
     }
 
-    /// What [`Self::save_shared_session`] has stored.
+    /// Stores which processes run in that session, by their names at the executor.
+    ///
+    /// # Errors
+    /// None of its own; without a session nothing is stored.
+    pub async fn save_shared_processes(&self, executor: &ExecutorId, names: &[String]) -> Result<(), StoreError> {
+        let (executor, names) = (executor.clone(), serde_json::json!(names).to_string());
+        self.write(move |tx| {
+            let sql = "UPDATE shared_sessions SET processes = ? WHERE executor = ?";
+            tx.execute(sql, [&names, executor.as_str()])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// The session that [`Self::save_shared_session`] has stored, and the processes that run in it.
     ///
     /// # Errors
     /// None of its own.
-    pub async fn shared_session(&self, executor: &ExecutorId) -> Result<Option<Secret>, StoreError> {
+    pub async fn shared_session(&self, executor: &ExecutorId) -> Result<Option<(Secret, Vec<String>)>, StoreError> {
         let executor = executor.clone();
-        self.read(move |db| {
-            let sql = "SELECT session FROM shared_sessions WHERE executor = ?";
-            one(db, sql, [executor.as_str()], |row| Ok(Secret::new(row.get(0)?)))
-        })
-        .await
+        let stored = self.read(move |db| {
+            let sql = "SELECT session, processes FROM shared_sessions WHERE executor = ?";
+            one(db, sql, [executor.as_str()], |row| Ok((Secret::new(row.get(0)?), row.get::<_, String>(1)?)))
+        });
+        let Some((session, processes)) = stored.await? else { return Ok(None) };
+        let processes = serde_json::from_str(&processes).map_err(|error| StoreError::Damaged(error.into()))?;
+        Ok(Some((session, processes)))
     }
 
     /// The registration of that id, if it is remembered.

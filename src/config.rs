@@ -259,12 +259,26 @@ config! {
         relink_wait_secs: u64 = 25 => 1..=3600,
         /// Bytes of output, or of a file, that one call returns.
         output_bytes_max: usize = 32 * 1024 * 1024 => 1..=64 * 1024 * 1024,
+        /// Bytes of a file that one `PUT` of it may have.
+        upload_bytes_max: u64 = 64 * 1024 * 1024 * 1024 => 1..=1024 * 1024 * 1024 * 1024,
         /// Time after which a call still running sends its status and then spaces, in seconds; the Python client gives up after 30 s of silence.
         keepalive_after_secs: u64 = 15 => 1..=29,
         /// Interval of those spaces, in seconds.
         keepalive_secs: u64 = 10 => 1..=29,
         /// Variables of the executor's environment kept from commands, with `*` at the end for a prefix.
         env_exclude: Vec<String> = ["CODEX_*", "OPENAI_*", "AWS_*", "EXEC_*"].map(String::from).to_vec(),
+    }
+
+    /// Transfers: byte pipes between two HTTP clients that hold the same ticket.
+    transfer: Transfers {
+        /// Time for the two sides of a transfer to meet where its maker names none, in seconds.
+        ticket_ttl_secs: u64 = 300 => 1..=86_400,
+        /// Longest such time that a maker may ask for, in seconds.
+        ticket_ttl_max_secs: u64 = 3600 => 1..=86_400,
+        /// Transfers of one workspace that are not over; a further one gets 429.
+        workspace_max: usize = 16 => 1..=100_000,
+        /// How long a sender may send nothing before its transfer, or its upload of a file, fails, in seconds.
+        stall_secs: u64 = 30 => 1..=3600,
     }
 
     /// Process sessions.
@@ -473,6 +487,9 @@ impl Config {
                     &format!("`{pattern}` is not a variable's name, with `*` at the end at most"),
                 );
             }
+        }
+        if self.transfer.ticket_ttl_secs > self.transfer.ticket_ttl_max_secs {
+            wrong("transfer.ticket_ttl_secs", "must be at most transfer.ticket_ttl_max_secs");
         }
         // Each is within its range already; saturating keeps absurd ones from wrapping round.
         if self.drain.announce_secs.saturating_add(self.drain.grace_secs) > 50 {

@@ -384,6 +384,7 @@ fn apply(api: &Api, change: &Change) {
         Change::ExecutorDeleted(executor) => {
             api.corridor.registry.forget(executor);
             api.sessions.withdraw(None, Some(executor));
+            api.transfers.withdraw(None, Some(executor));
             for workspace in api.workspaces.all() {
                 workspace.resolver.invalidate();
                 workspace.pool.close_executor(executor);
@@ -391,6 +392,7 @@ fn apply(api: &Api, change: &Change) {
         }
         Change::Unbound { workspace, executor } => {
             api.sessions.withdraw(Some(workspace), Some(executor));
+            api.transfers.withdraw(Some(workspace), Some(executor));
             if let Some(workspace) = api.workspaces.peek(workspace) {
                 workspace.resolver.invalidate();
                 workspace.pool.close_executor(executor);
@@ -408,6 +410,7 @@ fn apply(api: &Api, change: &Change) {
             api.corridor.auth.cap_tokens().apply(revocation);
             if let RevocationScope::Workspace(id) = &revocation.scope {
                 api.sessions.withdraw(Some(id), None);
+                api.transfers.withdraw(Some(id), None);
                 if let Some(workspace) = api.workspaces.peek(id) {
                     workspace.pool.close_all();
                 }
@@ -516,6 +519,7 @@ fn readings(api: &Arc<Api>) -> Readings {
         vec![
             gauge("links", "Connected executors", api.corridor.registry.len()),
             gauge("sessions", "Process sessions, ended ones that can still be read included", api.sessions.len()),
+            gauge("transfers", "Transfers that wait for a side or carry bytes", api.transfers.len()),
             gauge("workspaces", "Workspaces in memory", api.workspaces.len()),
             counter("workspaces_built", "Workspaces built on first use", api.workspaces.built()),
             counter("workspaces_evicted", "Workspaces dropped when idle", api.workspaces.evicted()),

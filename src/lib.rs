@@ -15,6 +15,7 @@ pub mod store;
 pub mod time;
 pub mod timing;
 pub mod tools;
+pub mod transfer;
 pub mod workspace;
 
 pub use exec_gateway_protocol as protocol;

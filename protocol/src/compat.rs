@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{EnvironmentName, ExecutorId, TurnId};
+use crate::ids::{EnvironmentName, ExecutorId, TurnId, WorkspaceId};
 
 /// An executor as a workspace sees it. Times are RFC 3339 in UTC; what is not known is left out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,4 +64,34 @@ pub struct BindExecutor {
     /// Whether it becomes the one that is chosen where none is named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub is_default: Option<bool>,
+}
+
+/// Two clients are to pass bytes from one executor to another (§2.6).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateTransfer {
+    /// Whose executors they are.
+    pub workspace_id: WorkspaceId,
+    /// From where.
+    pub source_exe_id: String,
+    /// To where.
+    pub dest_exe_id: String,
+    /// Time for the two sides to meet, in seconds; 0 and missing leave it to the gateway.
+    #[serde(default)]
+    pub ttl_seconds: u64,
+    /// Bytes at most; 0 and missing set no limit.
+    #[serde(default)]
+    pub max_bytes: u64,
+}
+
+/// The answer to [`CreateTransfer`]. The ticket is a right, so there is no `Debug`.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreatedTransfer {
+    /// What both sides show as their bearer.
+    pub ticket: String,
+    /// Where the sender puts.
+    pub upload_url: String,
+    /// Where the receiver gets; the same.
+    pub download_url: String,
+    /// Until when the two sides have to meet; RFC 3339 in UTC.
+    pub expires_at: String,
 }

@@ -134,7 +134,7 @@ fn admit_internal(api: &Api, headers: &HeaderMap) -> Result<(), ApiError> {
     admit(api.config.auth.internal_secret.as_ref(), shown)
 }
 
-fn admit(secret: Option<&Secret>, shown: Option<&str>) -> Result<(), ApiError> {
+pub(super) fn admit(secret: Option<&Secret>, shown: Option<&str>) -> Result<(), ApiError> {
     let secret = secret.ok_or_else(|| ApiError::new(404, "not_found", "no such path"))?;
     if shown.is_some_and(|shown| secret.is(shown)) { Ok(()) } else { Err(unauthorized("unauthorized")) }
 }
@@ -149,7 +149,7 @@ fn workspace_id(text: &str) -> Result<WorkspaceId, ApiError> {
     WorkspaceId::new(text).map_err(|error| bad_request(error.to_string()))
 }
 
-async fn read<T: DeserializeOwned>(api: &Api, request: Request<Incoming>) -> Result<T, ApiError> {
+pub(super) async fn read<T: DeserializeOwned>(api: &Api, request: Request<Incoming>) -> Result<T, ApiError> {
     let wait = Duration::from_secs(api.config.edge.body_timeout_secs);
     let body = body::read(request.into_body(), BODY_BYTES_MAX, wait).await?;
     rest::parse(&body)
@@ -168,7 +168,7 @@ fn gone(result: Result<admin::Response, AdminError>) -> Result<(), AdminError> {
     }
 }
 
-fn created(value: &impl Serialize) -> Response<Body> {
+pub(super) fn created(value: &impl Serialize) -> Response<Body> {
     let mut response = json(value);
     *response.status_mut() = StatusCode::CREATED;
     response
@@ -180,10 +180,10 @@ fn no_content() -> Response<Body> {
     response
 }
 
-fn unauthorized(message: &str) -> ApiError {
+pub(super) fn unauthorized(message: &str) -> ApiError {
     ApiError::new(401, "unauthorized", message)
 }
 
-fn bad_request(message: impl Into<String>) -> ApiError {
+pub(super) fn bad_request(message: impl Into<String>) -> ApiError {
     ApiError::new(400, "bad_request", message)
 }

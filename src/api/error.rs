@@ -14,7 +14,8 @@ use crate::relay::client::{CallError, ConnectError};
 use crate::relay::conversation::HandshakeError;
 use crate::session::{SessionError, StdinError};
 use crate::store::StoreError;
-use crate::tools::ToolError;
+use crate::tools::{FileError, ToolError};
+use crate::transfer::TransferError;
 use crate::workspace::{ReachError, TooManyCalls};
 
 /// An answer that says what went wrong. `message` is for the caller, `cause` for the log: a caller never learns an
@@ -258,17 +259,55 @@ impl From<ReachError> for ApiError {
     }
 }
 
+impl From<TransferError> for ApiError {
+    fn from(error: TransferError) -> Self {
+        let message = error.to_string();
+        match error {
+            TransferError::Unknown => Self::new(404, "transfer_not_found", message),
+            TransferError::TooMany(_) => Self::new(429, "too_many_transfers", message).retry_after(5),
+            TransferError::Claimed(_) => Self::new(423, "transfer_claimed", message),
+            TransferError::Alone(_) => Self::new(408, "transfer_alone", message),
+            TransferError::Over => Self::new(410, "transfer_over", message),
+            TransferError::Failed(_) => Self::new(502, "transfer_failed", message),
+        }
+    }
+}
+
+impl From<FileError> for ApiError {
+    fn from(error: FileError) -> Self {
+        let failure = match error {
+            FileError::Tool(error) => return error.into(),
+            FileError::Failed(failure) => failure,
+        };
+        let status = match failure.code {
+            "invalid" => 400,
+            "no_permission" => 403,
+            "not_found" => 404,
+            "changed" | "exists" => 412,
+            "too_large" => 413,
+            "no_space" => 507,
+            // What is there is of another kind, and the rest of what systems say.
+            _ => 409,
+        };
+        // That which is for an environment, or a path of ours, has this code too.
+        let code = if status == 404 { "file_not_found" } else { failure.code };
+        Self::new(status, code, failure.message)
+    }
+}
+
 impl From<ToolError> for ApiError {
     fn from(error: ToolError) -> Self {
-        match &error {
-            ToolError::Arguments(message) => Self::new(400, "bad_arguments", message.clone()),
-            ToolError::Reach(reach) => Self::from(&**reach),
-            ToolError::Lost { ran } => Self::new(502, "executor_unreachable", error.to_string()).with_ran(*ran),
-            ToolError::NoAnswer { ran } => Self::new(504, "executor_timeout", error.to_string()).with_ran(*ran),
-            ToolError::Session(session) => Self::from(session),
-            ToolError::Stdin(stdin) => Self::from(stdin.clone()),
+        let message = error.to_string();
+        match error {
+            ToolError::Arguments(_) => Self::new(400, "bad_arguments", message),
+            ToolError::Reach(reach) => Self::from(&*reach),
+            ToolError::Lost { ran } => Self::new(502, "executor_unreachable", message).with_ran(ran),
+            ToolError::NoAnswer { ran } => Self::new(504, "executor_timeout", message).with_ran(ran),
+            ToolError::End { error, .. } => Self::from(*error).in_words(&message),
+            ToolError::Session(session) => Self::from(&session),
+            ToolError::Stdin(stdin) => Self::from(stdin),
             ToolError::Malformed(cause) => {
-                Self::new(502, "executor_unreachable", error.to_string()).with_ran(Ran::Unknown).caused_by(cause)
+                Self::new(502, "executor_unreachable", message).with_ran(Ran::Unknown).caused_by(&cause)
             }
         }
     }

@@ -7,6 +7,7 @@ mod cut;
 mod server;
 
 use std::borrow::Cow;
+use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use bytes::Bytes;
 use dashmap::DashMap;
 use futures_util::future::Either;
 use futures_util::{Stream, StreamExt, stream};
+use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, ORIGIN, WWW_AUTHENTICATE};
@@ -56,7 +58,7 @@ const NOTIFICATION_BYTES_MAX: usize = 4096;
 /// Below this path stand the documents about protected resources (RFC 9728 §3.1).
 const WELL_KNOWN: &str = "/.well-known/oauth-protected-resource";
 
-type Rpc = Response<http_body_util::combinators::BoxBody<Bytes, std::convert::Infallible>>;
+type Rpc = Response<BoxBody<Bytes, Infallible>>;
 
 /// The calls under way that clients may cancel: each has a place among the calls of its workspace, which bounds them.
 #[derive(Debug, Default, Clone)]
@@ -189,7 +191,7 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     match timeout(Duration::from_secs(tools.keepalive_after_secs), &mut handled).await {
         Ok(answer) if is_events(&answer) => Ok(events(pieces(answer), timing)),
         Ok(answer) => {
-            let mut answer = answer.map(BodyExt::boxed_unsync);
+            let mut answer = answer.map(boxed);
             if begins && answer.status() == StatusCode::OK {
                 let name = HeaderValue::try_from(Uuid::new_v4().to_string()).expect("a UUID is a header value");
                 answer.headers_mut().insert(SESSION_ID, name);
@@ -268,7 +270,11 @@ pub fn protected_resource(api: &Api, request: Request<Incoming>) -> Result<Respo
 }
 
 fn rpc_error(id: Option<&str>, code: i32, message: &str) -> Response<Body> {
-    rpc_error_answer(id, code, message).map(BodyExt::boxed_unsync)
+    rpc_error_answer(id, code, message).map(boxed)
+}
+
+fn boxed(body: BoxBody<Bytes, Infallible>) -> Body {
+    body.map_err(|never| match never {}).boxed_unsync()
 }
 
 fn rpc_error_answer(id: Option<&str>, code: i32, message: &str) -> Rpc {

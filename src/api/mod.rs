@@ -5,12 +5,13 @@ pub mod compat;
 mod credential;
 pub mod error;
 pub mod executor;
+pub mod files;
 pub mod harness;
 pub mod mcp;
 pub mod processes;
 pub mod rest;
+pub mod transfer;
 
-use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock, Weak};
 
@@ -28,7 +29,7 @@ use tokio_util::task::TaskTracker;
 use self::error::ApiError;
 use crate::admin::Admin;
 use crate::config::Config;
-use crate::edge::body::{Body, full};
+use crate::edge::body::{Body, BrokenOff, full};
 use crate::edge::peer;
 use crate::edge::router::{Envelope, Route, RouteError, Router, percent_decode};
 use crate::ops::metrics::Metrics;
@@ -36,8 +37,12 @@ use crate::protocol::rest::ErrorBody;
 use crate::relay::harness::AttachedSessions;
 use crate::session::Sessions;
 use crate::timing::Timing;
+use crate::transfer::Transfers;
 use crate::workspace::Corridor;
 use crate::workspace::cache::Workspaces;
+
+/// Where transfers are, each below its ticket.
+const TRANSFERS: &str = "/relay/";
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
@@ -52,6 +57,8 @@ pub struct Api {
     pub workspaces: Arc<Workspaces>,
     /// Processes that outlive their callers.
     pub sessions: Arc<Sessions>,
+    /// Byte pipes between two clients.
+    pub transfers: Transfers,
     /// Bounds and times of tool calls.
     pub tools: Arc<crate::config::Tools>,
     /// Counters.
@@ -86,6 +93,7 @@ impl Api {
             workspaces,
             sessions,
             tools: Arc::new(config.tools.clone()),
+            transfers: Transfers::new(config.transfer.clone()),
             config,
             corridor,
             metrics,
@@ -146,6 +154,8 @@ impl Api {
         match route {
             Route::EnvList => rest::list_environments(&self, request).await,
             Route::ToolCall => rest::call_tool(&self, &parameter, request).await,
+            Route::FileGet => files::get(&self, &parameter, request).await,
+            Route::FilePut => files::put(&self, &parameter, request).await,
             Route::ProcessList => processes::list(&self, request).await,
             Route::ProcessShow => processes::show(&self, &parameter, request).await,
             Route::ProcessForget => processes::forget(&self, &parameter, request).await,
@@ -165,6 +175,9 @@ impl Api {
             Route::ExecutorBind => compat::bind(&self, &parameter, request).await,
             Route::ExecutorsBound => compat::bound(&self, &parameter, request).await,
             Route::ExecutorUnbind => compat::unbind(&self, &parameter, request).await,
+            Route::TransferCreate => transfer::create(&self, request).await,
+            Route::TransferPut => transfer::put(&self, &parameter, request).await,
+            Route::TransferGet => transfer::get(&self, &parameter, request).await,
             Route::CloudRelay => executor::open_registered_link(&self, &parameter, request).await,
             Route::Bridge => executor::open_link(&self, &parameter, request).await,
             Route::Mcp => mcp::message(&self, request).await,
@@ -177,11 +190,12 @@ impl Api {
     }
 
     fn refuse_while_draining(&self) -> Result<(), ApiError> {
-        if self.draining.is_cancelled() {
-            return Err(ApiError::new(503, "draining", "the gateway is restarting").retry_after(1));
-        }
-        Ok(())
+        if self.draining.is_cancelled() { Err(draining()) } else { Ok(()) }
     }
+}
+
+fn draining() -> ApiError {
+    ApiError::new(503, "draining", "the gateway is restarting").retry_after(1)
 }
 
 /// The caller's request id where it is a usable one, else a new one.
@@ -204,11 +218,17 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 fn log(error: &ApiError, request_id: &HeaderValue, method: &Method, path: &str) {
     let request_id = request_id.to_str().unwrap_or_default();
     let (status, code, cause) = (error.status(), error.code(), error.cause().unwrap_or_default());
+    let path = public_part(path);
     if status >= 500 {
         tracing::warn!(request_id, %method, path, status, code, cause, "request failed");
     } else {
         tracing::debug!(request_id, %method, path, status, code, cause, "request refused");
     }
+}
+
+/// What may be told of a path: that of a transfer goes on with its ticket.
+fn public_part(path: &str) -> &str {
+    if path.starts_with(TRANSFERS) { TRANSFERS } else { path }
 }
 
 fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
@@ -259,7 +279,7 @@ fn timing_value(timing: &Timing) -> HeaderValue {
 fn late(pieces: impl Stream<Item = Bytes> + Send + 'static, timing: Timing) -> Response<Body> {
     let behind =
         stream::once(async move { Frame::trailers([(SERVER_TIMING, timing_value(&timing))].into_iter().collect()) });
-    let frames = pieces.map(Frame::data).chain(behind).map(Ok::<_, Infallible>);
+    let frames = pieces.map(Frame::data).chain(behind).map(Ok::<_, BrokenOff>);
     let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)));
     response.headers_mut().insert(TRAILER, HeaderValue::from_name(SERVER_TIMING));
     response
@@ -319,4 +339,16 @@ fn json_bytes(line: impl Into<Bytes>) -> Response<Body> {
 fn query_parameter(query: &str, name: &str) -> Option<String> {
     let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
     pairs.into_iter().find(|(key, _)| *key == name).and_then(|(_, value)| percent_decode(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_path_of_a_transfer_is_logged_without_its_ticket() {
+        assert_eq!(public_part("/relay/rly_secret"), "/relay/");
+        assert_eq!(public_part("/relay/rly_secret/more"), "/relay/");
+        assert_eq!(public_part("/api/connectors/envs/list"), "/api/connectors/envs/list");
+    }
 }

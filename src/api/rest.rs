@@ -77,7 +77,7 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
     }
 }
 
-fn idempotency_key(headers: &hyper::HeaderMap) -> Result<Option<String>, ApiError> {
+pub(super) fn idempotency_key(headers: &hyper::HeaderMap) -> Result<Option<String>, ApiError> {
     let Some(key) = headers.get("idempotency-key") else { return Ok(None) };
     let key = key.to_str().map_err(|_| ApiError::new(400, "bad_request", "Idempotency-Key: expected visible ASCII"))?;
     Ok(Some(key.to_owned()))

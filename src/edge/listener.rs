@@ -29,7 +29,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::body::Body;
+use super::body::{Body, BrokenOff};
 use super::peer::{Peer, is_trusted};
 use super::stall::StallLimit;
 use super::tls::{ClientCertified, Tls};
@@ -304,12 +304,12 @@ struct BusyBody {
 
 impl HttpBody for BusyBody {
     type Data = Bytes;
-    type Error = Infallible;
+    type Error = BrokenOff;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
         Pin::new(&mut self.body).poll_frame(context)
     }
 

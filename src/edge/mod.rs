@@ -4,6 +4,7 @@ pub mod body;
 pub mod burst;
 pub mod listener;
 pub mod peer;
+pub mod pipe;
 pub mod router;
 pub mod stall;
 pub mod tls;

@@ -12,6 +12,10 @@ pub enum Route {
     EnvList,
     /// One tool call.
     ToolCall,
+    /// The content of a file.
+    FileGet,
+    /// A new content for a file.
+    FilePut,
     /// The process sessions of a workspace.
     ProcessList,
     /// One process session.
@@ -58,6 +62,12 @@ pub enum Route {
     Mcp,
     /// An MCP client asks how to come by a token.
     ProtectedResource,
+    /// A service makes a transfer.
+    TransferCreate,
+    /// The sending side of a transfer.
+    TransferPut,
+    /// The receiving side of a transfer.
+    TransferGet,
     /// The gateway is alive.
     Health,
 }
@@ -77,7 +87,7 @@ pub enum Envelope {
 
 impl Route {
     /// How errors of this route are written: WebSocket doors speak plain text (connectors-api.md §2.4), those of
-    /// services a text in JSON (§2.7).
+    /// services a text in JSON (§2.6, §2.7).
     pub fn envelope(self) -> Envelope {
         match self {
             Self::Bridge | Self::CloudRelay | Self::Health => Envelope::Text,
@@ -87,9 +97,14 @@ impl Route {
             | Self::ExecutorDelete
             | Self::ExecutorBind
             | Self::ExecutorsBound
-            | Self::ExecutorUnbind => Envelope::Message,
+            | Self::ExecutorUnbind
+            | Self::TransferCreate
+            | Self::TransferPut
+            | Self::TransferGet => Envelope::Message,
             Self::EnvList
             | Self::ToolCall
+            | Self::FileGet
+            | Self::FilePut
             | Self::ProcessList
             | Self::ProcessShow
             | Self::ProcessForget
@@ -112,6 +127,8 @@ impl Route {
         match self {
             Self::EnvList
             | Self::ToolCall
+            | Self::FileGet
+            | Self::FilePut
             | Self::ProcessList
             | Self::ProcessShow
             | Self::ProcessForget
@@ -134,6 +151,9 @@ impl Route {
             | Self::ExecutorBind
             | Self::ExecutorsBound
             | Self::ExecutorUnbind
+            | Self::TransferCreate
+            | Self::TransferPut
+            | Self::TransferGet
             | Self::ProtectedResource
             | Self::Health => false,
         }
@@ -163,6 +183,8 @@ impl Router {
         for base in ["/api/connectors", "/api/sdk"] {
             add(Method::POST, &format!("{base}/envs/list"), Route::EnvList);
             add(Method::POST, &format!("{base}/envs/{{name}}/tool/call"), Route::ToolCall);
+            add(Method::GET, &format!("{base}/envs/{{name}}/files"), Route::FileGet);
+            add(Method::PUT, &format!("{base}/envs/{{name}}/files"), Route::FilePut);
             add(Method::GET, &format!("{base}/processes"), Route::ProcessList);
             add(Method::GET, &format!("{base}/processes/{{sid}}"), Route::ProcessShow);
             add(Method::DELETE, &format!("{base}/processes/{{sid}}"), Route::ProcessForget);
@@ -196,6 +218,9 @@ impl Router {
         add(Method::GET, "/.well-known/oauth-protected-resource", Route::ProtectedResource);
         // Where the original has it.
         add(Method::GET, "/v1/.well-known/oauth-protected-resource", Route::ProtectedResource);
+        add(Method::POST, "/api/exec-gateway/relay/create", Route::TransferCreate);
+        add(Method::PUT, "/relay/{ticket}", Route::TransferPut);
+        add(Method::GET, "/relay/{ticket}", Route::TransferGet);
         add(Method::GET, "/healthz", Route::Health);
         let mut paths = matchit::Router::new();
         for (path, routes) in table {
@@ -211,7 +236,8 @@ impl Router {
     pub fn find(&self, method: &Method, path: &str) -> Result<(Route, String), RouteError> {
         let Match { value: routes, params } = self.0.at(path).map_err(|_| RouteError::NotFound)?;
         let answers = |wanted: &Method, route: Route| {
-            wanted == method || (*wanted == Method::GET && *method == Method::HEAD && route == Route::Health)
+            let has_head = matches!(route, Route::Health | Route::FileGet);
+            wanted == method || (*wanted == Method::GET && *method == Method::HEAD && has_head)
         };
         let Some((_, route)) = routes.iter().find(|(wanted, route)| answers(wanted, *route)) else {
             let allowed: Vec<&str> = routes.iter().map(|(wanted, _)| wanted.as_str()).collect();

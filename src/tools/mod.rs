@@ -16,6 +16,8 @@ mod shell;
 mod terminate;
 mod write_stdin;
 
+pub use files::{Copies, Download, Failure, FileError, Upload, Uploaded};
+
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
@@ -136,6 +138,14 @@ pub enum ToolError {
         /// Whether the call may have run.
         ran: Ran,
     },
+    /// It failed at one of its two executors.
+    #[error("{end}: {error}")]
+    End {
+        /// Which one, as the tool's arguments call it.
+        end: &'static str,
+        /// What failed there.
+        error: Box<ToolError>,
+    },
     /// A process session is not there or could not be started.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -153,6 +163,7 @@ impl Tool {
         &shell::TOOL,
         &files::READ_FILE,
         &files::WRITE_FILE,
+        &files::COPY_PATH,
         &exec_command::TOOL,
         &write_stdin::TOOL,
         &read_output::TOOL,
@@ -307,6 +318,13 @@ fn parse<T: DeserializeOwned>(arguments: Value) -> Result<T, ToolError> {
 }
 
 impl Call {
+    /// Tells who wants to know how far it has come.
+    fn progressed(&self, done: u64, total: u64) {
+        if let Some(progress) = &self.progress {
+            progress.send_replace(Progress { done, total: Some(total) });
+        }
+    }
+
     /// When a call that may take `timeout_ms` is over.
     fn deadline(&self, timeout_ms: Option<u64>) -> Result<Instant, ToolError> {
         let max = Duration::from_secs(self.settings.timeout_max_secs);

@@ -29,7 +29,7 @@ use crate::relay::link::OpenError;
 use crate::relay::noise::GatewayIdentity;
 use crate::relay::stream::StreamHandle;
 use crate::store::{Binding, Store, StoreError};
-use crate::tools::Tool;
+use crate::tools::{Copies, Tool};
 
 use self::pool::Pool;
 use self::resolver::Resolver;
@@ -121,6 +121,8 @@ pub struct Workspace {
     pub resolver: Resolver,
     /// Ready clients of this tenant.
     pub pool: Pool,
+    /// Copies under way between this tenant's environments.
+    pub copies: Copies,
 }
 
 /// The workspace has as many calls under way as it may.
@@ -136,6 +138,7 @@ impl Workspace {
             listing: Mutex::default(),
             resolver: Resolver::new(id.clone(), Duration::from_secs(corridor.settings.resolver_ttl_secs)),
             pool: Pool::default(),
+            copies: Copies::default(),
             corridor,
             id,
         }

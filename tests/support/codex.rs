@@ -1,5 +1,6 @@
 //! The real executor: `codex exec-server --remote` of the pinned version, unmodified.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -9,7 +10,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::gateway::{Credentials, TestGateway};
-use super::{Caller, Scratch, eventually};
+use super::{Caller, Proxy, Scratch, eventually};
 
 /// One executor process with a home of its own.
 pub struct CodexExecutor {
@@ -167,6 +168,38 @@ impl CodexExecutor {
 impl Drop for CodexExecutor {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// A real executor behind a link that can be cut.
+pub struct Machine {
+    pub executor: CodexExecutor,
+    pub proxy: Proxy,
+}
+
+impl Machine {
+    /// One that is connected to the gateway at that address.
+    pub async fn connected(gateway: SocketAddr, credentials: &Credentials, caller: &Caller, name: &str) -> Self {
+        let proxy = Proxy::holding(gateway).await;
+        let url = format!("http://{}", proxy.address);
+        Self { executor: CodexExecutor::connected(&url, credentials, caller, name).await, proxy }
+    }
+
+    /// A file in the executor's home.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.executor.home().join(name)
+    }
+
+    /// What of the gateway's own is in the executor's home.
+    pub fn leftovers(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.executor.home()).unwrap().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| name.starts_with(".exec-gateway-")).collect()
+    }
+
+    /// Waits until nothing of the gateway's own is left there.
+    pub async fn is_clean(&self) {
+        eventually("nothing is left over", async || self.leftovers().is_empty().then_some(())).await;
     }
 }
 

@@ -12,6 +12,7 @@ pub mod gateway;
 pub mod harness;
 pub mod mcp;
 pub mod model;
+pub mod pieces;
 pub mod proxy;
 pub mod sigv4;
 pub mod upstream;
@@ -23,12 +24,13 @@ use std::time::Duration;
 pub use adapter::Adapter;
 pub use app_server::{AppServer, Route};
 pub use caller::{Answer, Caller};
-pub use codex::{CodexExecutor, Marker, Workbench};
+pub use codex::{CodexExecutor, Machine, Marker, Workbench};
 pub use fake_executor::{FakeExecutor, FakeLink, Reply};
 pub use gateway::{Credentials, DaemonProcess, TestGateway};
 pub use harness::{Harness, Tongue};
 pub use mcp::Mcp;
 pub use model::Model;
+pub use pieces::Pieces;
 pub use proxy::Proxy;
 pub use sigv4::Signer;
 pub use upstream::{Upstream, Verdict};
@@ -64,6 +66,13 @@ pub fn noise(mut seed: u64, len: usize) -> Vec<u8> {
     }
     bytes.truncate(len);
     bytes
+}
+
+/// The largest memory that a process has had, in MiB.
+pub fn peak_mib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
 }
 
 /// A directory of this test alone, removed with the value.

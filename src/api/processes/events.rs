@@ -2,7 +2,6 @@
 //!
 //! Owned by the body of one answer, which makes the next piece only when the one before was taken.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +20,7 @@ use super::live::{Cut, Follow, Live, Step};
 use super::{OutputQuery, bad_request};
 use crate::api::error::ApiError;
 use crate::api::{Api, credential, write_json};
-use crate::edge::body::Body;
+use crate::edge::body::{Body, BrokenOff};
 use crate::edge::listener::Ending;
 use crate::journal::Page;
 use crate::session::view::{Chunk, lost};
@@ -63,7 +62,7 @@ pub(super) async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>)
     let events = Events { session: live.session, cut, follow, _place: live.place };
     let frames = stream::unfold(Some(events), |events| async {
         let (piece, events) = events?.next().await;
-        Some((Ok::<_, Infallible>(Frame::data(Bytes::from(piece))), events))
+        Some((Ok::<_, BrokenOff>(Frame::data(Bytes::from(piece))), events))
     });
     let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)));
     response.extensions_mut().insert(ending);

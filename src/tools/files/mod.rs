@@ -2,20 +2,27 @@
 //!
 //! Every path is made absolute here before an executor or a script sees it.
 
+mod copy_path;
+pub(super) mod copying;
 mod edit_file;
 mod find_files;
+pub(super) mod growing;
 mod list_directory;
 mod make_directory;
 mod move_path;
 pub(super) mod open_file;
 mod read_file;
+pub(super) mod reading;
 mod remove_path;
 mod search_files;
 pub(super) mod staging;
 mod stat;
+mod stream;
+mod tree;
 mod walk;
 mod write_file;
 
+pub(super) use copy_path::TOOL as COPY_PATH;
 pub(super) use edit_file::TOOL as EDIT_FILE;
 pub(super) use find_files::TOOL as FIND_FILES;
 pub(super) use list_directory::TOOL as LIST_DIRECTORY;
@@ -26,6 +33,9 @@ pub(super) use remove_path::TOOL as REMOVE_PATH;
 pub(super) use search_files::TOOL as SEARCH_FILES;
 pub(super) use stat::TOOL as STAT;
 pub(super) use write_file::TOOL as WRITE_FILE;
+
+pub use copying::Copies;
+pub use stream::{Download, Upload, Uploaded};
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -44,7 +54,7 @@ use crate::workspace::pool::Use;
 
 /// Why a file tool has nothing to show for it.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum FileError {
+pub enum FileError {
     /// The executor did its part, and it was not possible: a result of the tool.
     #[error(transparent)]
     Failed(#[from] Failure),
@@ -56,13 +66,13 @@ pub(super) enum FileError {
 /// What was not possible.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
-pub(super) struct Failure {
+pub struct Failure {
     /// For programs.
-    pub(super) code: &'static str,
+    pub code: &'static str,
     /// For people.
-    pub(super) message: String,
+    pub message: String,
     /// SHA-256 of the content that was found instead of the expected one.
-    pub(super) current: Option<String>,
+    pub current: Option<String>,
 }
 
 impl Failure {
@@ -301,6 +311,11 @@ impl<'a> Attempts<'a> {
     /// What the next attempt is made with.
     pub(super) fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// The attempt under way has got on: the next loss of a link is waited for in full.
+    pub(super) fn got_on(&mut self) {
+        self.way.got_on();
     }
 
     /// Whether an attempt before this one was cut off, and may have been successful.

@@ -133,8 +133,25 @@ impl Staged {
         target: &FileUri,
         parents: bool,
     ) -> Result<Self, FileError> {
+        Self::begin_as(site, client, target, parents, None).await
+    }
+
+    /// The same under a name of the caller's, by which it is found again after the gateway was killed.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub(super) async fn begin_as(
+        site: Site<'_>,
+        client: &Client,
+        target: &FileUri,
+        parents: bool,
+        name: Option<&str>,
+    ) -> Result<Self, FileError> {
         let directory = directory_for(client, &target.resolved(), parents).await?;
-        let staged = Self(Leftover::beside(site, client, &directory));
+        let staged = Self(match name {
+            None => Leftover::beside(site, client, &directory),
+            Some(name) => Leftover::at(site, client, directory.child(name)),
+        });
         let (client, path) = (client.clone(), staged.path().clone());
         staged.made_by(async move { OpenFile::open(&client, &path, OpenMode::Replace).await.map(Some) }).await
     }
@@ -211,14 +228,21 @@ impl Staged {
     }
 }
 
+impl From<Leftover> for Staged {
+    /// A content that is whole already.
+    fn from(leftover: Leftover) -> Self {
+        Self(leftover)
+    }
+}
+
 impl Leftover {
     /// Something about to be made in that directory, under a name that nobody else has.
     pub(in crate::tools) fn beside(site: Site<'_>, client: &Client, directory: &FileUri) -> Self {
         Self::at(site, client, directory.child(&format!("{PREFIX}{}.part", uuid::Uuid::new_v4().simple())))
     }
 
-    /// Something about to be made there.
-    fn at(site: Site<'_>, client: &Client, path: FileUri) -> Self {
+    /// Something that is there, or about to be made.
+    pub(super) fn at(site: Site<'_>, client: &Client, path: FileUri) -> Self {
         let (workspace, binding) = (site.call.workspace.clone(), site.binding.clone());
         Self(Some(Left { workspace, binding, client: client.clone(), path, making: None, open: None }))
     }
@@ -235,7 +259,7 @@ impl Leftover {
 }
 
 /// The directory to stage in: the one of the target, or of what it points to.
-async fn directory_for(client: &Client, target: &FileUri, parents: bool) -> Result<FileUri, FileError> {
+pub(super) async fn directory_for(client: &Client, target: &FileUri, parents: bool) -> Result<FileUri, FileError> {
     let no_directory = || Failure::new("is_a_directory", "the path is a directory");
     let mut directory = target.parent().ok_or_else(no_directory)?;
     match look(client, target).await? {

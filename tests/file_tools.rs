@@ -610,6 +610,29 @@ async fn a_caller_who_leaves_while_a_file_is_sent_leaves_the_former_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_content_on_its_way_is_open_to_nobody_whom_the_file_is_not() {
+    let bench = with_hooks(&["sha256sum"]).await;
+    bench.put("file", "former");
+    std::fs::set_permissions(bench.file("file"), PermissionsExt::from_mode(0o600)).unwrap();
+    bench.put("hooks/sha256sum", wait_at(bench.executor.home()));
+    let edit = json!({ "path": "file", "old_string": "former", "new_string": "secret" });
+
+    // Before the script has come to the mode.
+    let reached = bench.file("reached");
+    let check = async {
+        is_there(&reached).await;
+        let mut entries = std::fs::read_dir(bench.executor.home()).unwrap().flatten();
+        let staged = entries.find(|entry| entry.file_name().to_string_lossy().starts_with(".exec-gateway-")).unwrap();
+        let mode = staged.metadata().unwrap().permissions().mode() & 0o777;
+        bench.put("go", "");
+        mode
+    };
+    let (mode, _) = tokio::join!(check, bench.done("edit_file", edit));
+
+    assert_eq!((mode, bench.content("file").as_str()), (0o600, "secret"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_commit_that_has_begun_comes_to_its_end_without_its_caller() {
     let bench = with_hooks(&["mv"]).await;
     bench.put("file", "former");

@@ -12,6 +12,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// Room for several frames of output. Below the size at which allocators ask the system for each piece anew.
 const BURST_BYTES: usize = 64 * 1024;
 
+/// Smallest read that shows a burst when it is filled: what is left of its reader's buffer may be a few bytes.
+const ROOM_BYTES_MIN: usize = 512;
+
 /// Reads ahead from `S` during a burst; writing passes through.
 #[derive(Debug)]
 pub struct BurstRead<S> {
@@ -23,20 +26,21 @@ pub struct BurstRead<S> {
 }
 
 impl<S> BurstRead<S> {
-    /// Wraps a socket; allocates nothing.
-    pub fn new(inner: S) -> Self {
-        Self { inner, buffer: Vec::new(), unread: 0..0 }
+    /// Wraps a socket of which `read` was read already; allocates nothing.
+    pub fn new(inner: S, read: Vec<u8>) -> Self {
+        Self { inner, unread: 0..read.len(), buffer: read }
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for BurstRead<S> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if this.buffer.is_empty() {
+        if this.unread.is_empty() && this.buffer.len() < BURST_BYTES {
+            this.buffer = Vec::new();
             let room = out.remaining();
             ready!(Pin::new(&mut this.inner).poll_read(context, out))?;
             // All room was needed, so there is likely more.
-            if out.remaining() == 0 && room > 0 {
+            if out.remaining() == 0 && room >= ROOM_BYTES_MIN {
                 this.buffer = vec![0; BURST_BYTES];
             }
             return Poll::Ready(Ok(()));
@@ -83,7 +87,7 @@ mod tests {
     async fn a_burst_arrives_whole_and_leaves_no_buffer_behind() {
         let sent: Vec<u8> = (0..200_000_u32).flat_map(u32::to_le_bytes).collect();
         let (mut peer, socket) = tokio::io::duplex(16 * 1024);
-        let mut socket = BurstRead::new(socket);
+        let mut socket = BurstRead::new(socket, Vec::new());
         let burst = sent.clone();
         let writes = tokio::spawn(async move {
             peer.write_all(&burst).await.unwrap();
@@ -108,12 +112,13 @@ mod tests {
 
     #[tokio::test]
     async fn what_was_read_ahead_is_handed_out_before_the_end() {
-        let (mut peer, socket) = tokio::io::duplex(64);
-        let mut socket = BurstRead::new(socket);
-        peer.write_all(b"abcdef").await.unwrap();
+        let (mut peer, socket) = tokio::io::duplex(64 * 1024);
+        let mut socket = BurstRead::new(socket, b"before".to_vec());
+        let sent: Vec<u8> = (0..2 * ROOM_BYTES_MIN + 5).map(|byte| byte as u8).collect();
+        peer.write_all(&sent).await.unwrap();
         drop(peer);
 
-        let mut piece = [0; 2];
+        let mut piece = [0; ROOM_BYTES_MIN];
         let mut received = Vec::new();
         loop {
             match socket.read(&mut piece).await.unwrap() {
@@ -121,7 +126,7 @@ mod tests {
                 read => received.extend_from_slice(&piece[..read]),
             }
         }
-        assert_eq!(received, b"abcdef");
+        assert_eq!(received, [b"before", &sent[..]].concat());
         assert_eq!(socket.buffer.capacity(), 0);
     }
 }

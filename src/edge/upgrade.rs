@@ -92,9 +92,9 @@ pub fn accept<B>(
     let socket = async move {
         // Taking the transport out of hyper's boxes saves their buffers on every idle socket.
         let parts = upgraded.await.ok()?.downcast::<TokioIo<StallLimit<Transport>>>().ok()?;
-        let stream = BurstRead::new(parts.io.into_inner().into_inner());
-        let read = parts.read_buf.to_vec();
-        Some(WebSocketStream::from_partially_read(stream, read, Role::Server, Some(limits.into())).await)
+        let stream = BurstRead::new(parts.io.into_inner().into_inner(), parts.read_buf.to_vec());
+        // Given to the WebSocket, what was read already would be the size of its every later buffer.
+        Some(WebSocketStream::from_raw_socket(stream, Role::Server, Some(limits.into())).await)
     };
     (response, socket)
 }

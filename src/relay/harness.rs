@@ -4,7 +4,6 @@
 //! encrypted harness are handed on as they are and cannot be read here; messages of a plain one are, but only what
 //! concerns executor sessions is changed (`gate`).
 
-use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{AcquireError, Semaphore, mpsc};
+use tokio::task::unconstrained;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
@@ -499,7 +499,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
             }
         };
         let mut writing = Writing::Frame;
-        let end = first_end(upwards, downwards, write(sink, outbox, &mut writing, history, heard, settings)).await;
+        let words = first_end(upwards, downwards, std::future::pending());
+        let end = written(words, write(sink, outbox, &mut writing, history, heard, settings)).await;
         if end.is_of_executor() {
             let reset = Frame { stream_id: id, body: Body::Reset { reason: "the stream has ended".into() } };
             flush(sink, outbox, &mut writing, Some(reset.encode())).await;
@@ -569,10 +570,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
                 }
                 Err(HarnessEnd::Replaced)
             };
-            Err::<(), HarnessEnd>(first_end(upwards, downwards, replaced).await)
+            first_end(upwards, downwards, replaced).await
         };
-        let writes = write(sink, outbox, &mut writing, history, heard, settings);
-        let end = first_end(talk, std::future::pending(), writes).await;
+        let end = written(talk, write(sink, outbox, &mut writing, history, heard, settings)).await;
         if end.is_of_executor() {
             flush(sink, outbox, &mut writing, None).await;
         }
@@ -684,12 +684,24 @@ async fn first_end(
     one: impl Future<Output = Result<(), HarnessEnd>>,
     two: impl Future<Output = Result<(), HarnessEnd>>,
     three: impl Future<Output = Result<(), HarnessEnd>>,
+) -> Result<(), HarnessEnd> {
+    tokio::select! {
+        end = one => end,
+        end = two => end,
+        end = three => end,
+    }
+}
+
+/// Runs what fills the outbox, and behind it in the same poll what empties it: the outbox wakes nobody.
+async fn written(
+    words: impl Future<Output = Result<(), HarnessEnd>>,
+    writes: impl Future<Output = Result<(), HarnessEnd>>,
 ) -> HarnessEnd {
-    let (mut one, mut two, mut three) = (pin!(one), pin!(two), pin!(three));
     let end = tokio::select! {
-        end = &mut one => end,
-        end = &mut two => end,
-        end = &mut three => end,
+        biased;
+        end = words => end,
+        // However much of its turn the task has used up by then: this comes last each time, and writes what is there.
+        end = unconstrained(writes) => end,
     };
     end.err().unwrap_or(HarnessEnd::Peer)
 }

@@ -6,16 +6,19 @@
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
+use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::task::yield_now;
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
@@ -37,6 +40,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Frames written before the socket is flushed once.
 const WRITE_BATCH: usize = 32;
+
+/// Messages read before there is a turn of writing in between.
+const READ_BATCH: usize = 32;
 
 /// Bytes written to a shared socket before it is flushed once; one write has `link.write_timeout_secs`.
 const WRITE_BYTES: usize = 8 << 20;
@@ -461,8 +467,7 @@ pub async fn run_shared<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let (incoming, outgoing, started) = (Notify::new(), Notify::new(), Notify::new());
-    let desk = Desk { session: Mutex::new(session), incoming, outgoing, started };
+    let desk = Desk { session: Mutex::new(session), incoming: Notify::new(), started: Notify::new() };
     let end = tokio::select! {
         end = serve(socket, &link, outbox, Some(&desk)) => end,
         end = desk.watch_processes(&lasting) => match end {},
@@ -475,10 +480,9 @@ where
 /// Where the two loops of a shared socket meet. The lock is held for the work on one message.
 struct Desk {
     session: Mutex<Box<Session>>,
-    /// Frames wait for streams.
+    /// Frames wait for streams that do not come of a message of the executor. The other way needs none: the loop that
+    /// writes runs behind the one that reads, in the same poll.
     incoming: Notify,
-    /// Messages wait for the socket.
-    outgoing: Notify,
     /// Processes were begun.
     started: Notify,
 }
@@ -535,14 +539,9 @@ impl Desk {
     async fn message(&self, json: Bytes, link: &LinkHandle) {
         let taken = self.session().from_socket(&json, Instant::now());
         self.hand_out(link).await;
-        match taken {
-            // An answer makes room for the next request; output, of which there is most, changes nothing.
-            Ok(true) => self.outgoing.notify_one(),
-            Ok(false) => {}
-            Err(error) => {
-                link.0.metrics.frames_dropped.inc();
-                tracing::debug!(executor = %link.executor(), %error, "message dropped");
-            }
+        if let Err(error) = taken {
+            link.0.metrics.frames_dropped.inc();
+            tracing::debug!(executor = %link.executor(), %error, "message dropped");
         }
     }
 
@@ -556,19 +555,23 @@ impl Desk {
         }
     }
 
-    /// Returns when there may be something to write, or to end.
-    async fn due(&self) {
-        let deadline = self.session().deadline();
-        let wait = async {
-            match deadline {
-                Some(at) => sleep_until(at).await,
-                None => std::future::pending().await,
+    /// Returns when there is something to write, or to end, or when there is room again where there was none. It looks
+    /// whenever it is polled.
+    async fn due(&self, had_room: bool) {
+        let mut timer = pin!(None::<Sleep>);
+        poll_fn(|context| {
+            let session = self.session();
+            if session.has_messages() || (!had_room && !session.is_crowded()) {
+                return Poll::Ready(());
             }
-        };
-        tokio::select! {
-            () = self.outgoing.notified() => {}
-            () = wait => {}
-        }
+            let deadline = session.deadline();
+            drop(session);
+            if timer.as_ref().as_pin_ref().map(|timer| timer.deadline()) != deadline {
+                timer.set(deadline.map(sleep_until));
+            }
+            timer.as_mut().as_pin_mut().map_or(Poll::Pending, |timer| timer.poll(context))
+        })
+        .await;
     }
 
     /// Whether frames of streams may be taken; while they may not, `due` tells when to look again.
@@ -600,9 +603,11 @@ where
     let _shut = Shut(link);
     let (sink, stream) = socket.split();
     // Two loops in one task: if a slow write paused reads, two peers that both have much to say would wait for each
-    // other for ever.
+    // other for ever. What is read may be followed by something to write, in the same poll: a task that wakes itself is
+    // handed to another thread, which costs a small message more than all the rest of its way.
     let mut reads = pin!(read_loop(stream, link, desk));
     let end = tokio::select! {
+        biased;
         end = &mut reads => return end,
         end = write_loop(sink, link, outbox, desk) => end,
     };
@@ -617,14 +622,20 @@ async fn read_loop<R>(mut socket: R, link: &LinkHandle, desk: Option<&Desk>) -> 
 where
     R: Stream<Item = Result<Message, SocketError>> + Unpin,
 {
+    let mut read = 0;
     loop {
+        if read == READ_BATCH {
+            // Otherwise an executor that has much to say would take the task's whole turn each time.
+            yield_now().await;
+            read = 0;
+        }
+        read += 1;
         let message = match desk {
             None => socket.next().await,
             Some(desk) => tokio::select! {
                 message = socket.next() => message,
                 () = desk.incoming.notified() => {
                     desk.hand_out(link).await;
-                    desk.outgoing.notify_one();
                     continue;
                 }
             },
@@ -715,7 +726,7 @@ where
         let room = desk.is_none_or(Desk::has_room);
         let due = async {
             match desk {
-                Some(desk) => desk.due().await,
+                Some(desk) => desk.due(room).await,
                 None => std::future::pending().await,
             }
         };
@@ -805,9 +816,6 @@ where
             let frame = SocketFrame::message(bytes, code, piece + 1 == pieces);
             socket.feed(Message::Frame(frame)).await?;
         }
-    }
-    if written >= WRITE_BYTES {
-        desk.outgoing.notify_one();
     }
     if written > 0 { socket.flush().await } else { Ok(()) }
 }

@@ -449,6 +449,12 @@ impl Shared {
         Some(json.into())
     }
 
+    /// Whether [`Self::next_for_socket`] has one.
+    pub fn has_messages(&self) -> bool {
+        let waiting = !self.chores.is_empty() || !self.turns.0.is_empty();
+        !self.replies.is_empty() || (waiting && self.in_flight.len() < self.limits.in_flight_max)
+    }
+
     /// The next frame for a stream.
     pub fn next_for_streams(&mut self) -> Option<Frame> {
         self.deliveries.pop_front()
@@ -771,29 +777,29 @@ impl Shared {
         Some(mac)
     }
 
-    /// Takes a message of the executor; whether there may be something to write, or another deadline, because of it.
+    /// Takes a message of the executor.
     ///
     /// # Errors
     /// [`RpcParseError`]: it is no message. The socket lives on.
-    pub fn from_socket(&mut self, json: &Bytes, now: Instant) -> Result<bool, RpcParseError> {
+    pub fn from_socket(&mut self, json: &Bytes, now: Instant) -> Result<(), RpcParseError> {
         // Most of what comes, and the largest: neither is read beyond the name or the number at its beginning.
         if let Some(tag) = json.strip_prefix(OUTPUT_HEAD).and_then(Tag::parse)
             && let Some(stream) = self.sessions.get(&tag).and_then(|session| session.stream.clone())
         {
             let cut = OUTPUT_HEAD.len()..OUTPUT_HEAD.len() + TAG_BYTES;
             self.deliver(&stream, edited(json, &[(cut, String::new())]).into(), now);
-            return Ok(false);
+            return Ok(());
         }
         if let Some((number, result)) = split_answer(json)
             && let Some(InFlight { kind: Kind::Other | Kind::Write { .. }, .. }) = self.in_flight.get(&number)
         {
-            let Some(request) = self.answered(number, now) else { return Ok(false) };
+            let Some(request) = self.answered(number, now) else { return Ok(()) };
             if let Some(stream) = self.owner(&request) {
                 let id = serde_json::to_vec(&request.id).expect("numbers and texts become JSON");
                 let answer = [ANSWER_HEAD, &id, &json[result..]].concat();
                 self.deliver(&stream, answer.into(), now);
             }
-            return Ok(true);
+            return Ok(());
         }
         match Incoming::parse(json)? {
             Incoming::Response { id, result } => self.response(&id, Ok(result), now),
@@ -801,7 +807,7 @@ impl Shared {
             Incoming::Notification { method, params } => self.notification(&method, params, json, now),
             Incoming::Request { id, method, params } => self.executor_asks(id, &method, params, json, now),
         }
-        Ok(true)
+        Ok(())
     }
 
     fn answered(&mut self, number: i64, now: Instant) -> Option<InFlight> {

@@ -10,10 +10,13 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, ready};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use rustix::fs::{Mode, OFlags};
@@ -25,6 +28,9 @@ use crate::ops::metrics::Metrics;
 /// What a frame costs beside its bytes, so that small ones are bounded too: its place in a queue and the head of its
 /// buffer, or its length in the file, which is less.
 const FRAME_COST: usize = 64;
+
+/// Frames below this are copied when they wait.
+const COPIED_BYTES_MAX: usize = 4096;
 
 /// The length before each frame of the file.
 const LENGTH_BYTES: usize = 4;
@@ -46,8 +52,9 @@ pub enum SpillError {
 
 /// A first-in-first-out queue of frames, bounded in bytes in memory and on disk.
 ///
-/// One owner pushes and one pops; both may be halves of one `select!`. Needs a runtime. Dropping it forgets its frames
-/// and gives the disk space back.
+/// One task pushes and pops, in two futures that it polls in this order: then what is pushed is popped in the same poll.
+/// A push does not wake the pop, since a task that wakes itself is handed to another thread, which costs a small message
+/// more than all the rest of its way. Needs a runtime. Dropping it forgets its frames and gives the disk space back.
 pub struct Spill(Arc<Shared>);
 
 struct Shared {
@@ -57,9 +64,9 @@ struct Shared {
     file_bytes_max: u64,
     metrics: Arc<Metrics>,
     state: Mutex<State>,
-    /// There may be a frame to pop.
-    ready: Notify,
-    /// There may be room in the tail.
+    /// The disk is done: there may be a frame to pop.
+    read: Notify,
+    /// Likewise there may be room in the tail.
     room: Notify,
 }
 
@@ -114,6 +121,12 @@ fn cost(frame: &Bytes) -> usize {
     frame.len() + FRAME_COST
 }
 
+/// A frame that has to wait, in bytes of its own: a small one is a piece of the buffer that the link reads into, and
+/// would keep all of it.
+fn apart(frame: &Bytes) -> Bytes {
+    if frame.len() < COPIED_BYTES_MAX { Bytes::copy_from_slice(frame) } else { frame.clone() }
+}
+
 impl Spill {
     /// An empty queue whose file, once it is needed, is made in `directory` without a name. The directory must exist
     /// by then.
@@ -126,7 +139,7 @@ impl Spill {
             file_bytes_max: settings.spill_bytes_max,
             metrics,
             state: Mutex::default(),
-            ready: Notify::new(),
+            read: Notify::new(),
             room: Notify::new(),
         }))
     }
@@ -144,17 +157,23 @@ impl Spill {
         Ok(())
     }
 
-    /// The oldest frame; waits until there is one. Dropping the future leaves it where it is.
+    /// The oldest frame; waits until there is one, and looks for it whenever it is polled. Dropping the future leaves it
+    /// where it is.
     ///
     /// # Errors
     /// [`SpillError::Disk`] once the file could not be read: the next frame in turn is lost.
     pub async fn pop(&self) -> Result<Bytes, SpillError> {
-        loop {
-            if let Some(frame) = self.try_pop()? {
-                return Ok(frame);
+        let mut read = pin!(self.0.read.notified());
+        poll_fn(|context| {
+            loop {
+                if let Some(popped) = self.try_pop().transpose() {
+                    return Poll::Ready(popped);
+                }
+                ready!(read.as_mut().poll(context));
+                read.set(self.0.read.notified());
             }
-            self.0.ready.notified().await;
-        }
+        })
+        .await
     }
 
     /// The oldest frame, if it is in memory; otherwise it is on its way from the file, or there is none.
@@ -218,7 +237,9 @@ impl Shared {
         }
         state.fill_head();
         if state.behind() == 0 && state.head.takes(frame, self.head_bytes_max) {
-            state.head.push(frame.clone());
+            // The first is likely about to be popped.
+            let frame = if state.head.frames.is_empty() { frame.clone() } else { apart(frame) };
+            state.head.push(frame);
         } else if state.behind() + cost(frame) as u64 > self.file_bytes_max {
             self.metrics.spill_overruns.inc();
             return Err(SpillError::Full);
@@ -229,9 +250,8 @@ impl Shared {
                 }
                 self.write_tail(&mut state);
             }
-            state.tail.push(frame.clone());
+            state.tail.push(apart(frame));
         }
-        self.ready.notify_one();
         Ok(true)
     }
 
@@ -305,7 +325,7 @@ impl Shared {
         tokio::task::spawn_blocking(move || {
             job(&shared);
             shared.state().busy = false;
-            shared.ready.notify_one();
+            shared.read.notify_one();
             shared.room.notify_one();
         });
     }
@@ -456,12 +476,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reader_that_waits_is_woken_and_one_that_leaves_takes_nothing() {
+    async fn a_reader_that_waits_has_it_in_the_same_poll_and_one_that_leaves_takes_nothing() {
         let Rig { spill, directory: _directory, .. } = rig(64 * KIB, 100 * KIB);
-        assert!(spill.pop().now_or_never().is_none());
-        let (popped, pushed) = tokio::join!(spill.pop(), spill.push(frame(1, 10)));
-        pushed.unwrap();
-        assert_eq!(popped.unwrap(), frame(1, 10));
+        let mut pop = pin!(spill.pop());
+        assert!(futures_util::poll!(pop.as_mut()).is_pending());
+        spill.push(frame(1, 10)).await.unwrap();
+        assert!(spill.pop().now_or_never().is_some_and(|popped| popped.unwrap() == frame(1, 10)));
+        let both = async { tokio::join!(biased; spill.push(frame(2, 10)), pop) };
+        let (pushed, popped) = both.now_or_never().expect("one poll is enough");
+        assert_eq!((pushed.is_ok(), popped.unwrap()), (true, frame(2, 10)));
     }
 
     #[tokio::test]

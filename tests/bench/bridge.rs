@@ -1,9 +1,14 @@
-//! One harness, the same work over five ways: (1) straight to `codex exec-server --listen`, (2) the same behind a plain
-//! proxy, (3) as the end of the encryption on a real executor's own link, (4) through the gateway over such a link, and
-//! (5) through the gateway over a link without encryption. The proxy is a process
-//! that copies bytes between two TCP connections, which does less than nginx or haproxy.
+//! One harness, the same work over several ways: (1) straight to `codex exec-server --listen`, (2) the same behind a plain
+//! proxy, (3) as the end of the encryption on a real executor's own link, (4) through the gateway over such a link, (5) as
+//! the end of a link without encryption, and (6) through the gateway over such a link. The proxy is a process that copies
+//! bytes between two TCP connections, which does less than nginx or haproxy.
+//!
+//! Compare rows of one run alone: on a machine whose processors sleep while they wait, each wake costs several times
+//! what it costs on one that something keeps awake.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+#[allow(dead_code, reason = "each bench uses a part")]
+mod own_end;
 #[allow(dead_code, reason = "each bench uses a part")]
 mod rig;
 #[allow(unused_imports, reason = "each bench uses a part")]
@@ -13,15 +18,13 @@ mod support;
 use std::net::SocketAddr;
 use std::process::Stdio;
 
-use exec_gateway::protocol::rest::{ConnectResponse, HarnessKey, SECURITY_PROFILE};
-use serde_json::{Value, json};
+use serde_json::json;
 use support::gateway::workspace;
-use support::harness::{HarnessKeys, Tongue};
-use support::{CodexExecutor, Credentials, DaemonProcess, Harness, MIB, Scratch};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use support::harness::Tongue;
+use support::{CodexExecutor, DaemonProcess, Harness, MIB, Scratch};
+use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, Command};
-use tokio_tungstenite::WebSocketStream;
 
 /// The argument with which the bench is its own proxy.
 const PROXY: &str = "proxy-to";
@@ -44,6 +47,11 @@ impl Way {
     async fn new(name: &'static str, mut harness: Harness) -> Self {
         harness.initialize(None).await.unwrap();
         Self { name, harness, prints: 0, p50: Vec::new(), requests: Vec::new(), rates: Vec::new() }
+    }
+
+    /// `(1)`, by which the summary calls it.
+    fn number(&self) -> &str {
+        self.name.split(' ').next().unwrap_or_default()
     }
 
     async fn ask(&mut self) {
@@ -97,11 +105,8 @@ async fn bench() {
     let url = format!("ws://{proxy}/");
     let proxied = Harness::plain(rig::dial(proxy, &url).await, Tongue::Json);
 
-    let registry = Registry::start().await;
-    // Codex refuses an answer in which its own credential occurs, be it as part of a name.
-    let credentials = Credentials { executor: "exe_bench".into(), token: "a-credential".into() };
-    let _executor = CodexExecutor::start(&registry.url(), &credentials).await;
-    let own_end = registry.harness().await;
+    let (_executor, link) = own_end::encrypted().await;
+    let (_dialled, dialled) = own_end::direct().await;
 
     let state = Scratch::new();
     let gateway = DaemonProcess::start(&state, "127.0.0.1:0".parse().unwrap(), &["--log-level", "error"]).await;
@@ -117,10 +122,11 @@ async fn bench() {
     let mut ways = vec![
         Way::new("(1) straight, plain", straight).await,
         Way::new("(2) plain proxy", proxied).await,
-        Way::new("(3) straight, encrypted", own_end).await,
+        Way::new("(3) own end of an encrypted link", link.alone().await).await,
         Way::new("(4) gateway, encrypted link", bridged).await,
-        Way::new("(5) gateway, plain link", Harness::open(&caller, &plain.executor, Tongue::Json).await).await,
         Way::new("(4b) as (4), encrypted up to the harness", kept).await,
+        Way::new("(5) own end of a plain link", dialled).await,
+        Way::new("(6) gateway, plain link", Harness::open(&caller, &plain.executor, Tongue::Json).await).await,
     ];
     for round in 0..=ROUNDS {
         for way in &mut ways {
@@ -147,22 +153,25 @@ async fn bench() {
         rig::median(&rounds)
     };
     let rate = |of: &Way, to: &Way| rig::ratio(&of.rates, &to.rates);
+    let [straight, proxied, encrypted, bridged, kept, dialled, plain] = &ways[..] else { unreachable!("as above") };
+    println!("{:<48} {:>8} {:>8}   reach", "", "added us", "MiB/s of");
+    let row = |of: &Way, to: &Way, adds: &str, least: &str| {
+        let what = format!("{} to {}", of.number(), to.number());
+        println!("{what:<48} {:>8.0} {:>8.2}   {adds}{least}", added(of, to), rate(of, to));
+    };
+    let as_proxy = format!("<= {:.0} us, ", added(proxied, straight));
+    row(proxied, straight, "", "");
+    row(bridged, encrypted, &as_proxy, ">= 0.78");
+    row(kept, encrypted, "", "");
+    // What an executor that dials takes longer than one that listens is not the gateway's.
+    row(dialled, straight, "", "");
+    row(plain, dialled, "", "");
+    row(plain, straight, "", ">= 0.78");
     println!(
-        "the proxy adds {:.0} us to (1), throughput {:.2} of (1)",
-        added(&ways[1], &ways[0]),
-        rate(&ways[1], &ways[0])
-    );
-    println!(
-        "the gateway adds {:.0} us to (3), throughput {:.2} of (3); encryption kept: {:.0} us, {:.2}",
-        added(&ways[3], &ways[2]),
-        rate(&ways[3], &ways[2]),
-        added(&ways[5], &ways[2]),
-        rate(&ways[5], &ways[2])
-    );
-    println!(
-        "over a plain link p50 is {:.2} of (1), throughput {:.2} of (1)",
-        rig::ratio(&ways[4].p50, &ways[0].p50),
-        rate(&ways[4], &ways[0])
+        "p50 of (6) is {:.2} of (1), reach <= 1.28; it is {:.2} of (5), which is {:.2} of (1)",
+        rig::ratio(&plain.p50, &straight.p50),
+        rig::ratio(&plain.p50, &dialled.p50),
+        rig::ratio(&dialled.p50, &straight.p50)
     );
 }
 
@@ -184,79 +193,4 @@ async fn serve_proxy(target: &str) {
     client.set_nodelay(true).unwrap();
     server.set_nodelay(true).unwrap();
     let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
-}
-
-/// As much of a gateway as an executor needs to register and dial.
-struct Registry {
-    listener: TcpListener,
-}
-
-impl Registry {
-    async fn start() -> Self {
-        Self { listener: TcpListener::bind("127.0.0.1:0").await.unwrap() }
-    }
-
-    fn url(&self) -> String {
-        format!("http://{}", self.listener.local_addr().unwrap())
-    }
-
-    /// Waits for the executor's socket, and shakes hands over it.
-    async fn harness(self) -> Harness {
-        let mut key = None;
-        let socket = loop {
-            let (stream, _) = self.listener.accept().await.unwrap();
-            stream.set_nodelay(true).unwrap();
-            let mut start = [0; 4];
-            stream.peek(&mut start).await.unwrap();
-            if &start == b"GET " {
-                break tokio_tungstenite::accept_async(stream).await.unwrap();
-            }
-            let request = answer(stream, |_| {
-                let url = format!("ws://{}/socket", self.listener.local_addr().unwrap());
-                json!({ "environment_id": "exe_bench", "url": url, "security_profile": SECURITY_PROFILE,
-                    "executor_registration_id": "exr_bench" })
-            })
-            .await;
-            key = Some(serde_json::from_value::<HarnessKey>(request["executor_public_key"].clone()).unwrap());
-        };
-        let way = ConnectResponse {
-            environment_id: "exe_bench".into(),
-            url: String::new(),
-            security_profile: SECURITY_PROFILE.into(),
-            executor_registration_id: "exr_bench".into(),
-            executor_public_key: key.expect("it has registered"),
-            harness_key_authorization: "bench".into(),
-        };
-        // It asks whether to trust us while we wait for its answer.
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = self.listener.accept().await {
-                answer(stream, |_| json!({ "valid": true })).await;
-            }
-        });
-        let socket: WebSocketStream<TcpStream> = socket;
-        Harness::shake_hands(socket, &HarnessKeys::new(), &way).await.unwrap()
-    }
-}
-
-/// Answers one request with JSON; gives the request's body.
-async fn answer(stream: TcpStream, reply: impl Fn(&Value) -> Value) -> Value {
-    let mut stream = BufReader::new(stream);
-    let (mut line, mut length) = (String::new(), 0);
-    loop {
-        line.clear();
-        stream.read_line(&mut line).await.unwrap();
-        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length: ") {
-            length = value.trim().parse().unwrap();
-        }
-        if line == "\r\n" {
-            break;
-        }
-    }
-    let mut body = vec![0; length];
-    stream.read_exact(&mut body).await.unwrap();
-    let body: Value = serde_json::from_slice(&body).unwrap();
-    let reply = reply(&body).to_string();
-    let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", reply.len());
-    stream.get_mut().write_all(format!("{head}{reply}").as_bytes()).await.unwrap();
-    body
 }

@@ -1,28 +1,36 @@
 //! What the neighbours of a caller that stopped reading feel: small requests of fifteen callers on one real executor,
-//! while the sixteenth is idle, reads a process's output, has stopped reading it, or has fallen behind for good.
-//! `cargo bench --bench fair -- 0` lets the process print without pauses instead of a MiB every 20 ms.
+//! while the sixteenth is idle, asks like them and reads no answer, reads a process's output, has stopped reading it, or
+//! has fallen behind for good. `cargo bench --bench fair -- 0` lets the process print without pauses instead of a MiB every
+//! 20 ms; a second number is how many rounds there are.
 //!
-//! A caller that reads shows what executor and machine cost the fifteen, since the process prints as much for it: what
-//! is more than that is the gateway's.
+//! What executor and machine cost the fifteen is shown twice. A caller that reads has as much printed for it. And without
+//! a gateway, where the bench is the end of the executor's link, the output of the sixteenth is thrown away as it comes,
+//! which is the least that any gateway could do with it: what is more than that is the gateway's.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+#[allow(dead_code, reason = "each bench uses a part")]
+mod own_end;
 #[allow(dead_code, reason = "each bench uses a part")]
 mod rig;
 #[allow(unused_imports, reason = "each bench uses a part")]
 #[path = "../support/mod.rs"]
 mod support;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use own_end::{OwnEnd, Port};
 use serde_json::json;
 use support::{Caller, CodexExecutor, DaemonProcess, Harness, MIB, Scratch, Tongue};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::{AbortHandle, JoinSet};
 
-const ROUNDS: usize = 9;
+/// What the sixteenth harness does beside being idle and reading.
+const HARNESS_MODES: [Sixteenth; 3] = [Sixteenth::Deaf, Sixteenth::Stopped, Sixteenth::Overflowing];
+
 const NEIGHBOURS: usize = 15;
 
 /// What a neighbour pauses between an answer and its next request: fifteen that never pause keep two cores busy by
@@ -43,8 +51,9 @@ const GROWTH_MEBIBYTES_MAX: f64 = 1.0 + 16.0;
 
 #[tokio::main]
 async fn main() {
-    let bench = Bench::start(Duration::from_millis(rig::argument(20) as u64)).await;
-    for door in [Door::Harness(Tongue::Json), Door::Harness(Tongue::Encrypted), Door::Rest] {
+    let pause = Duration::from_millis(rig::argument(20) as u64);
+    let bench = Bench::start(pause, rig::nth_argument(1, 9)).await;
+    for door in [Door::None, Door::Harness(Tongue::Json), Door::Harness(Tongue::Encrypted), Door::Rest] {
         bench.compare(door).await;
     }
 }
@@ -54,12 +63,16 @@ async fn main() {
 enum Door {
     Harness(Tongue),
     Rest,
+    /// Without a gateway.
+    None,
 }
 
 /// What the sixteenth does.
 #[derive(Clone, Copy, PartialEq)]
 enum Sixteenth {
     Idle,
+    /// Asks what the others ask, and reads no answer.
+    Deaf,
     Reading,
     Stopped,
     Overflowing,
@@ -69,12 +82,14 @@ enum Sixteenth {
 enum Neighbour {
     Harness(Box<Harness>),
     Rest(rig::RawCaller),
+    None(Box<Harness<Port>>),
 }
 
 impl Neighbour {
     async fn ask(&mut self) {
         match self {
             Self::Harness(harness) => drop(harness.call("environment/status", json!({})).await.unwrap()),
+            Self::None(harness) => drop(harness.call("environment/status", json!({})).await.unwrap()),
             Self::Rest(raw) => drop(raw.tool("box", "shell", json!({ "command": "echo quick" })).await),
         }
     }
@@ -94,12 +109,15 @@ struct Bench {
     caller: Caller,
     executor_id: String,
     executor: CodexExecutor,
+    /// The executor without a gateway, and our end of its link.
+    apart: (CodexExecutor, OwnEnd),
+    rounds: usize,
     /// Between one MiB that the process prints and the next.
     pause: Duration,
 }
 
 impl Bench {
-    async fn start(pause: Duration) -> Self {
+    async fn start(pause: Duration, rounds: usize) -> Self {
         let state = Scratch::new();
         let daemon = DaemonProcess::start(&state, "127.0.0.1:0".parse().unwrap(), &["--log-level", "error"]).await;
         let credentials = rig::create_executor(state.path(), daemon.address, "box").await;
@@ -107,26 +125,37 @@ impl Bench {
         let caller = Caller::new(daemon.address, Some(token["token"].as_str().unwrap().to_owned()));
         let url = format!("http://{}", daemon.address);
         let executor = CodexExecutor::connected(&url, &credentials, &caller, "box").await;
-        std::fs::write(executor.home().join("block"), vec![b'y'; MIB]).unwrap();
-        Self { _state: state, daemon, caller, executor_id: credentials.executor, executor, pause }
+        let (other, link) = own_end::encrypted().await;
+        for executor in [&executor, &other] {
+            std::fs::write(executor.home().join("block"), vec![b'y'; MIB]).unwrap();
+        }
+        let apart = (other, link.shared());
+        Self { _state: state, daemon, caller, executor_id: credentials.executor, executor, apart, rounds, pause }
+    }
+
+    /// Where the executor behind that door has its files.
+    fn home(&self, door: Door) -> &Path {
+        if matches!(door, Door::None) { self.apart.0.home() } else { self.executor.home() }
     }
 
     async fn compare(&self, door: Door) {
         let (name, modes): (_, &[Sixteenth]) = match door {
-            Door::Harness(Tongue::Json) => ("plain harnesses", &[Sixteenth::Stopped, Sixteenth::Overflowing]),
-            Door::Harness(_) => ("encrypted harnesses", &[Sixteenth::Stopped, Sixteenth::Overflowing]),
+            Door::Harness(Tongue::Json) => ("plain harnesses", &HARNESS_MODES),
+            Door::Harness(_) => ("encrypted harnesses", &HARNESS_MODES),
             Door::Rest => ("shell and events", &[Sixteenth::Stopped]),
+            Door::None => ("no gateway", &[Sixteenth::Stopped]),
         };
         let mut neighbours = Vec::new();
         for _ in 0..NEIGHBOURS {
             neighbours.push(match door {
                 Door::Rest => Neighbour::Rest(rig::RawCaller::new(&self.caller).await),
                 Door::Harness(tongue) => Neighbour::Harness(Box::new(self.harness(tongue).await)),
+                Door::None => Neighbour::None(Box::new(self.harness_apart().await)),
             });
         }
         let modes = [&[Sixteenth::Idle, Sixteenth::Reading], modes].concat();
         let mut pieces: Vec<Vec<Piece>> = modes.iter().map(|_| Vec::new()).collect();
-        for round in 0..=ROUNDS {
+        for round in 0..=self.rounds {
             // In turns, so that none always follows the same other.
             for index in 0..modes.len() {
                 let index = (index + round) % modes.len();
@@ -139,13 +168,24 @@ impl Bench {
             }
         }
         let [idle, reading, others @ ..] = &pieces[..] else { unreachable!("two are always there") };
-        let requests = idle.iter().map(|piece| piece.requests).sum::<usize>() / ROUNDS;
+        let requests = idle.iter().map(|piece| piece.requests).sum::<usize>() / self.rounds;
         rig::head(&format!("fair ({name}, {requests} requests)"));
+        let gateway = !matches!(door, Door::None);
         line("sixteenth reads, idle", reading, idle, "");
         for (mode, stopped) in modes[2..].iter().zip(others) {
-            let what = if *mode == Sixteenth::Stopped { "stopped" } else { "overflows" };
-            line(&format!("sixteenth {what}, idle"), stopped, idle, "<= 1.2");
-            line(&format!("sixteenth {what}, reads"), stopped, reading, "");
+            let what = match mode {
+                Sixteenth::Deaf => "is deaf",
+                Sixteenth::Overflowing => "overflows",
+                _ if matches!(door, Door::None) => "thrown away",
+                _ => "stopped",
+            };
+            line(&format!("sixteenth {what}, idle"), stopped, idle, if gateway { "<= 1.2" } else { "" });
+            if *mode != Sixteenth::Deaf {
+                line(&format!("sixteenth {what}, reads"), stopped, reading, "");
+            }
+            if !gateway {
+                continue;
+            }
             let highest = |pieces: &[Piece]| pieces.iter().map(|piece| piece.highest).fold(0.0, f64::max) / MIB as f64;
             let (most, before) = (highest(stopped), highest(idle));
             let reach = format!("<= {GROWTH_MEBIBYTES_MAX} MiB more");
@@ -156,6 +196,12 @@ impl Bench {
 
     async fn harness(&self, tongue: Tongue) -> Harness {
         Harness::initialized(&self.caller, &self.executor_id, tongue).await.0
+    }
+
+    async fn harness_apart(&self) -> Harness<Port> {
+        let mut harness = self.apart.1.harness().await;
+        harness.initialize(None).await.unwrap();
+        harness
     }
 
     /// Small requests for as long as the sixteenth's process prints.
@@ -173,14 +219,15 @@ impl Bench {
                 (neighbour, took)
             });
         }
-        let printed = self.executor.home().join("printed");
+        let printed = self.home(door).join("printed");
         let _ = std::fs::remove_file(&printed);
         let sixteenth = match mode {
             Sixteenth::Idle => None,
             _ => Some(self.begin(door, mode).await),
         };
         let (start, mut highest) = (Instant::now(), 0.0);
-        while if mode == Sixteenth::Idle { start.elapsed() < IDLE } else { !printed.exists() } {
+        let prints = !matches!(mode, Sixteenth::Idle | Sixteenth::Deaf);
+        while if prints { !printed.exists() } else { start.elapsed() < IDLE } {
             tokio::time::sleep(Duration::from_millis(10)).await;
             highest = rig::resident_bytes(self.daemon.pid()).max(highest);
         }
@@ -200,13 +247,14 @@ impl Bench {
 
     /// The sixteenth, with its process; it leaves when it is dropped.
     async fn begin(&self, door: Door, mode: Sixteenth) -> Leaves {
-        let home = self.executor.home().display();
+        let home = self.home(door).display();
         let count = if mode == Sixteenth::Overflowing { TOO_MUCH } else { PRINTED };
         let pause = self.pause.as_secs_f64();
         let command = format!(
             "i=0; while [ $i -lt {count} ]; do cat {home}/block; sleep {pause}; i=$((i+1)); done; touch {home}/printed"
         );
         let reads = mode == Sixteenth::Reading;
+        let deaf = mode == Sixteenth::Deaf;
         let task = match door {
             Door::Rest => {
                 let mut events = self.events(&command).await;
@@ -218,9 +266,26 @@ impl Bench {
             }
             Door::Harness(tongue) => {
                 let mut harness = self.harness(tongue).await;
+                if !deaf {
+                    harness.start("p", &command).await;
+                }
+                tokio::spawn(async move {
+                    if deaf {
+                        loop {
+                            tokio::time::sleep(PAUSE).await;
+                            harness.say(&json!({ "id": 1, "method": "environment/status", "params": {} })).await;
+                        }
+                    }
+                    while reads && harness.word().await.is_ok() {}
+                    std::future::pending::<()>().await;
+                })
+            }
+            Door::None => {
+                let mut harness = self.harness_apart().await;
                 harness.start("p", &command).await;
                 tokio::spawn(async move {
                     while reads && harness.word().await.is_ok() {}
+                    drop(harness);
                     std::future::pending::<()>().await;
                 })
             }

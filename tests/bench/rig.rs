@@ -55,7 +55,12 @@ pub fn line(what: &str, gateway: String, baseline: String, ratio: f64, reach: &s
 
 /// The number after the bench's name on the command line; cargo adds flags of its own.
 pub fn argument(default: usize) -> usize {
-    std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(default)
+    nth_argument(0, default)
+}
+
+/// The number behind so many others there.
+pub fn nth_argument(nth: usize, default: usize) -> usize {
+    std::env::args().skip(1).filter_map(|argument| argument.parse().ok()).nth(nth).unwrap_or(default)
 }
 
 /// Makes an executor through the admin socket of a running daemon.

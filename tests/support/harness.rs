@@ -11,7 +11,7 @@ use exec_gateway::protocol::ids::{ExecutorId, RegistrationId};
 use exec_gateway::protocol::message::{MESSAGE_BYTES_MAX, MessageReader, RECORD_BYTES_MAX, write_message};
 use exec_gateway::protocol::rest::{ConnectResponse, HarnessKey};
 use exec_gateway::relay::noise::{Channel, Context, GatewayIdentity, Pending, TAG_BYTES};
-use futures_util::{SinkExt, StreamExt};
+use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
@@ -35,9 +35,14 @@ pub enum Tongue {
 /// What its executor said when the socket ended.
 pub type Farewell = Option<CloseFrame>;
 
+/// What carries a harness's messages.
+pub trait Carrier: Stream<Item = Result<Message, SocketError>> + Sink<Message, Error = SocketError> + Unpin {}
+
+impl<T: Stream<Item = Result<Message, SocketError>> + Sink<Message, Error = SocketError> + Unpin> Carrier for T {}
+
 /// One harness's socket.
-pub struct Harness {
-    pub socket: WebSocketStream<TcpStream>,
+pub struct Harness<T = WebSocketStream<TcpStream>> {
+    pub socket: T,
     pub stream: StreamId,
     coding: Coding,
     sending: Endpoint,
@@ -146,12 +151,17 @@ impl Harness {
         }
     }
 
+    /// The same, initialized in a new executor session; gives the session's name.
+    pub async fn initialized(caller: &Caller, executor: &str, tongue: Tongue) -> (Self, String) {
+        let mut harness = Self::open(caller, executor, tongue).await;
+        let session = harness.initialize(None).await.unwrap();
+        (harness, session)
+    }
+}
+
+impl<T: Carrier> Harness<T> {
     /// Shakes hands with the executor over a socket of the bridge.
-    pub async fn shake_hands(
-        socket: WebSocketStream<TcpStream>,
-        keys: &HarnessKeys,
-        way: &ConnectResponse,
-    ) -> Result<Self, Farewell> {
+    pub async fn shake_hands(socket: T, keys: &HarnessKeys, way: &ConnectResponse) -> Result<Self, Farewell> {
         let mut harness = Self::on(socket, stream_id(), Coding::Frames);
         let public = way.executor_public_key.decode().unwrap();
         let public = [&public.x25519[..], public.mlkem768.as_slice()].concat();
@@ -176,12 +186,12 @@ impl Harness {
     }
 
     /// A harness that speaks in the clear on a socket of the bridge, and has said nothing yet.
-    pub fn plain(socket: WebSocketStream<TcpStream>, tongue: Tongue) -> Self {
+    pub fn plain(socket: T, tongue: Tongue) -> Self {
         let coding = if tongue == Tongue::Json { Coding::Json } else { Coding::Frames };
         Self::on(socket, stream_id(), coding)
     }
 
-    fn on(socket: WebSocketStream<TcpStream>, stream: StreamId, coding: Coding) -> Self {
+    fn on(socket: T, stream: StreamId, coding: Coding) -> Self {
         let endpoint = || Endpoint::new(EndpointLimits::default());
         Self {
             socket,
@@ -195,13 +205,6 @@ impl Harness {
             sent: Vec::new(),
             way: None,
         }
-    }
-
-    /// The same, initialized in a new executor session; gives the session's name.
-    pub async fn initialized(caller: &Caller, executor: &str, tongue: Tongue) -> (Self, String) {
-        let mut harness = Self::open(caller, executor, tongue).await;
-        let session = harness.initialize(None).await.unwrap();
-        (harness, session)
     }
 
     /// Initializes a session, or resumes one; gives its name.

@@ -9,9 +9,11 @@ use hyper::header::{CONNECTION, HeaderValue};
 use hyper::{Request, Response};
 use zeroize::Zeroizing;
 
+use super::audited::act;
 use super::credential::SocketCredential;
 use super::error::ApiError;
 use super::{Api, credential, executor, json, query_parameter};
+use crate::audit::Outcome;
 use crate::auth::{AuthError, Principal, bearer};
 use crate::edge::body::{self, Body};
 use crate::edge::upgrade::{self, SocketLimits};
@@ -19,7 +21,7 @@ use crate::ops::metrics::OutcomeLabel;
 use crate::protocol::harness_token::HarnessClaims;
 use crate::protocol::ids::ExecutorId;
 use crate::protocol::rest::{ConnectRequest, ConnectResponse, HarnessKey, KeyBytes, SECURITY_PROFILE};
-use crate::relay::harness::{Flavour, HarnessEnd, HarnessSocket, Names};
+use crate::relay::harness::{Flavour, HarnessEnd, HarnessSocket, Names, Passed};
 use crate::relay::link::LinkHandle;
 use crate::relay::spill::Spill;
 use crate::store::{Binding, Registration, Transport};
@@ -153,6 +155,11 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
     if !link.has_room(admitted.workspace.id()) {
         return Err(ReachError::TooManyStreams.into());
     }
+    let opened = act("harness.socket", &admitted.principal, request.headers())
+        .at(admitted.binding.name().as_str())
+        .on(admitted.binding.executor())
+        .about(serde_json::json!({ "encrypted": registration.is_some() }));
+    let entry = api.audit.begin(opened).await?;
     let settings = &api.config.link;
     let limits = SocketLimits {
         read_buffer_bytes: settings.read_buffer_bytes,
@@ -174,9 +181,20 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
         };
         tracing::debug!(executor = %binding.executor(), workspace = %workspace.id(), ?end, "harness socket ended");
         api.metrics.harnesses_ended.get_or_create(&OutcomeLabel { outcome: end.label() }).inc();
+        entry.end(outcome(end, socket.passed()));
         socket.close(end).await;
     });
     Ok(response)
+}
+
+/// What is recorded of a socket that has ended.
+fn outcome(end: HarnessEnd, passed: Passed) -> Outcome {
+    let outcome = Outcome::new(end.label()).bytes(passed.bytes_in, passed.bytes_out);
+    let outcome = outcome.with("frames_in", passed.frames_in).with("frames_out", passed.frames_out);
+    match end.detail() {
+        Some(detail) => outcome.with("detail", detail),
+        None => outcome,
+    }
 }
 
 /// The credential under which a handshake was authorized, and for what.

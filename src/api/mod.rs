@@ -1,5 +1,6 @@
 //! The doors: parse, authenticate, call the domain, answer. No rules of the domain live here.
 
+mod audited;
 pub mod compat;
 mod credential;
 pub mod error;
@@ -22,6 +23,7 @@ use tokio_util::task::TaskTracker;
 
 use self::error::ApiError;
 use crate::admin::Admin;
+use crate::audit::Audit;
 use crate::config::Config;
 use crate::edge::body::{Body, full};
 use crate::edge::router::{Envelope, Route, RouteError, Router, percent_decode};
@@ -48,6 +50,8 @@ pub struct Api {
     pub tools: Arc<crate::config::Tools>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// What callers do is recorded there before they do it.
+    pub audit: Audit,
     /// Executor sessions of plain harnesses.
     pub harnesses: AttachedSessions,
     /// Tasks that own an executor's socket.
@@ -69,6 +73,7 @@ impl Api {
         workspaces: Arc<Workspaces>,
         sessions: Arc<Sessions>,
         metrics: Arc<Metrics>,
+        audit: Audit,
     ) -> Self {
         Self {
             workspaces,
@@ -77,6 +82,7 @@ impl Api {
             config,
             corridor,
             metrics,
+            audit,
             harnesses: AttachedSessions::default(),
             links: TaskTracker::new(),
             sockets: TaskTracker::new(),
@@ -87,8 +93,10 @@ impl Api {
     }
 
     /// Answers one request. Never fails: whatever goes wrong becomes an answer in the envelope of its door.
-    pub async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+    pub async fn answer(self: Arc<Self>, mut request: Request<Incoming>) -> Response<Body> {
         let request_id = request_id(request.headers());
+        // Where the doors find it.
+        request.headers_mut().insert(REQUEST_ID, request_id.clone());
         let method = request.method().clone();
         let path = request.uri().path().to_owned();
         let found = self.router.find(&method, &path);
@@ -211,6 +219,11 @@ fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
         headers.insert(name.clone(), value.clone());
     }
     response
+}
+
+/// The id of a request that [`Api::answer`] has let in.
+fn asked_as(headers: &HeaderMap) -> &str {
+    headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).unwrap_or_default()
 }
 
 fn read_only() -> ApiError {

@@ -16,6 +16,7 @@ use serde_json::value::RawValue;
 use tokio::time::{Instant, interval_at, timeout};
 use zeroize::Zeroizing;
 
+use super::audited::{self, act};
 use super::error::ApiError;
 use super::{Api, json, json_bytes, json_line};
 use crate::auth::{Principal, bearer};
@@ -68,8 +69,10 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
     let place = workspace.begin_call()?;
     let edge = &api.config.edge;
     let wait = Duration::from_secs(edge.body_timeout_secs);
-    let body = body::read(request.into_body(), edge.body_bytes_max, wait).await?;
+    let (head, body) = request.into_parts();
+    let body = body::read(body, edge.body_bytes_max, wait).await?;
     let call: ToolCall = parse(&body)?;
+    let bytes_in = body.len();
     drop(body);
     let tool = Tool::named(&call.tool)
         .filter(|tool| workspace.tools().iter().any(|known| known.name() == tool.name()))
@@ -79,6 +82,9 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
     }
     check_environment(name, &call)?;
 
+    let act = act("tool.call", &principal, &head.headers).at(name);
+    let act = workspace.environment(name).await.map_or(act.clone(), |binding| act.on(binding.executor()));
+    let entry = audited::tool_call(api, act, tool.name(), &call.arguments).await?;
     let run = run(api.clone(), workspace, tool, name.to_owned(), key, call);
     let mut run: Pin<Box<RunningCall>> = Box::pin(async move {
         let result = tokio::select! {
@@ -86,6 +92,9 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
             refused = revocations.end_of(&bearer) => Err(ApiError::from(refused).with_ran(Ran::Unknown)),
         };
         drop(place);
+        if let Some(entry) = entry {
+            entry.end(audited::outcome(&result, bytes_in));
+        }
         result
     });
     let tools = &api.config.tools;

@@ -46,6 +46,9 @@ use writer::Writer;
 /// How long a call waits for its record before the disk counts as one that takes no more.
 const WRITE_WAIT: Duration = Duration::from_secs(10);
 
+/// The same for what is done with or without a record.
+const WRITE_WAIT_ALWAYS: Duration = Duration::from_secs(1);
+
 /// Directory of the audit within the state directory.
 pub const DIRECTORY: &str = "audit";
 
@@ -180,6 +183,7 @@ impl Audit {
             return Ok(Entry(None));
         }
         let (began, goes_on) = (Instant::now(), shared.goes_on(&act));
+        let wait = if act.is_always() { WRITE_WAIT_ALWAYS } else { WRITE_WAIT };
         let open = act.open();
         let written = async {
             let place = shared.room.clone().acquire_owned().await.ok()?;
@@ -192,7 +196,7 @@ impl Audit {
             }
             answer.await.ok()
         };
-        match tokio::time::timeout(WRITE_WAIT, written).await {
+        match tokio::time::timeout(wait, written).await {
             Ok(Some(written)) => written,
             _ if goes_on => {
                 shared.miss();

@@ -87,6 +87,14 @@ impl HarnessEnd {
         Some(CloseFrame { code, reason: reason.into() })
     }
 
+    /// What more there is to say about it.
+    pub fn detail(self) -> Option<&'static str> {
+        match self {
+            Self::Protocol(detail) | Self::Unreachable(detail) => Some(detail),
+            _ => None,
+        }
+    }
+
     /// Whether it was the executor's side that ended, while the harness still listens.
     fn is_of_executor(self) -> bool {
         matches!(self, Self::Disconnected | Self::Reset | Self::Unreachable(_))
@@ -219,8 +227,45 @@ pub struct HarnessSocket<S> {
     sink: Sink<S>,
     source: Source<S>,
     heard: Heard,
+    traffic: Arc<Traffic>,
     /// What waits to be written to it.
     outbox: Spill,
+}
+
+/// What has passed through a harness's socket, whatever it says: messages of the WebSocket and their bytes.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    frames_in: AtomicU64,
+    bytes_in: AtomicU64,
+    frames_out: AtomicU64,
+    bytes_out: AtomicU64,
+}
+
+/// The sums of [`Traffic`] at one time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Passed {
+    /// Messages from the harness.
+    pub frames_in: u64,
+    /// Their bytes.
+    pub bytes_in: u64,
+    /// Messages to the harness.
+    pub frames_out: u64,
+    /// Their bytes.
+    pub bytes_out: u64,
+}
+
+impl Traffic {
+    fn received(&self, message: &Message) {
+        if let Message::Text(_) | Message::Binary(_) = message {
+            self.frames_in.fetch_add(1, Ordering::Relaxed);
+            self.bytes_in.fetch_add(message.len() as u64, Ordering::Relaxed);
+        }
+    }
+
+    fn sent(&self, message: &Message) {
+        self.frames_out.fetch_add(1, Ordering::Relaxed);
+        self.bytes_out.fetch_add(message.len() as u64, Ordering::Relaxed);
+    }
 }
 
 type Sink<S> = SplitSink<WebSocketStream<S>, Message>;
@@ -243,6 +288,7 @@ impl Heard {
 struct Source<S> {
     stream: SplitStream<WebSocketStream<S>>,
     heard: Heard,
+    traffic: Arc<Traffic>,
 }
 
 /// What a harness says.
@@ -256,6 +302,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Source<S> {
     async fn next(&mut self) -> Result<Word, HarnessEnd> {
         while let Some(message) = self.stream.next().await {
             self.heard.now();
+            message.iter().for_each(|message| self.traffic.received(message));
             match message {
                 Ok(Message::Text(text)) => return Ok(Word::Text(text.into())),
                 Ok(Message::Binary(bytes)) => return Ok(Word::Binary(bytes)),
@@ -288,8 +335,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Source<S> {
     }
 }
 
-/// How a message of the executor is written to the harness.
-enum Writing {
+/// How messages of the executor are written to the harness.
+struct Writing {
+    form: Form,
+    traffic: Arc<Traffic>,
+}
+
+enum Form {
     /// As a frame that is one already.
     Frame,
     /// As a text.
@@ -300,14 +352,16 @@ enum Writing {
 
 impl Writing {
     fn message(&mut self, bytes: Bytes) -> Result<Message, HarnessEnd> {
-        Ok(match self {
-            Self::Frame => Message::Binary(bytes),
-            Self::Text => Message::Text(Utf8Bytes::try_from(bytes).map_err(|_| HarnessEnd::Reset)?),
-            Self::Data(stream, endpoint) => {
+        let message = match &mut self.form {
+            Form::Frame => Message::Binary(bytes),
+            Form::Text => Message::Text(Utf8Bytes::try_from(bytes).map_err(|_| HarnessEnd::Reset)?),
+            Form::Data(stream, endpoint) => {
                 let data = Data { seq: endpoint.next_seq()?, segment_index: 0, segment_count: 1, payload: bytes };
                 Message::Binary(Frame { stream_id: stream.clone(), body: Body::Data(data) }.encode())
             }
-        })
+        };
+        self.traffic.sent(&message);
+        Ok(message)
     }
 }
 
@@ -316,7 +370,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
     pub fn new(socket: WebSocketStream<S>, outbox: Spill) -> Self {
         let (sink, stream) = socket.split();
         let heard = Heard(Arc::new(Mutex::new(Instant::now())));
-        Self { sink, source: Source { stream, heard: heard.clone() }, heard, outbox }
+        let traffic = Arc::new(Traffic::default());
+        let source = Source { stream, heard: heard.clone(), traffic: traffic.clone() };
+        Self { sink, source, heard, traffic, outbox }
+    }
+
+    /// What has passed so far.
+    pub fn passed(&self) -> Passed {
+        let Traffic { frames_in, bytes_in, frames_out, bytes_out } = &*self.traffic;
+        let [frames_in, bytes_in, frames_out, bytes_out] =
+            [frames_in, bytes_in, frames_out, bytes_out].map(|count| count.load(Ordering::Relaxed));
+        Passed { frames_in, bytes_in, frames_out, bytes_out }
     }
 
     /// Reads until it is known what kind of harness this is.
@@ -377,7 +441,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         settings: &config::Link,
     ) -> HarnessEnd {
         let (id, link) = (stream.id().clone(), stream.link().clone());
-        let Self { sink, source, heard, outbox } = self;
+        let Self { sink, source, heard, traffic, outbox } = self;
         let wait = Duration::from_secs(settings.handshake_timeout_secs);
         let turns = async {
             // First that of the workspace: whoever waits for it takes no place of others.
@@ -422,7 +486,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
                 delivery = stream.receive_frame().await?;
             }
         };
-        let mut writing = Writing::Frame;
+        let mut writing = Writing { form: Form::Frame, traffic: traffic.clone() };
         let end = first_end(upwards, downwards, write(sink, outbox, &mut writing, heard, settings)).await;
         if end.is_of_executor() {
             let reset = Frame { stream_id: id, body: Body::Reset { reason: "the stream has ended".into() } };
@@ -449,12 +513,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         names: &Names<'_>,
         settings: &config::Link,
     ) -> HarnessEnd {
-        let Self { sink, source, heard, outbox } = self;
+        let Self { sink, source, heard, traffic, outbox } = self;
         let Conversation { mut sender, mut receiver } = conversation;
-        let mut writing = match &framing {
-            Framing::Whole => Writing::Text,
-            Framing::Frames { stream, .. } => Writing::Data(stream.clone(), Endpoint::new(EndpointLimits::default())),
+        let form = match &framing {
+            Framing::Whole => Form::Text,
+            Framing::Frames { stream, .. } => Form::Data(stream.clone(), Endpoint::new(EndpointLimits::default())),
         };
+        let mut writing = Writing { form, traffic: traffic.clone() };
         // As many as an executor takes without locking up, whatever the harness asks.
         let slots = Semaphore::new(settings.requests_in_flight_max);
         let talk = async {

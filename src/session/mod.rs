@@ -193,7 +193,7 @@ pub struct Session {
 }
 
 /// How a process is asked to end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum EndSignal {
     /// Interrupt.
     #[serde(rename = "INT")]
@@ -210,6 +210,11 @@ impl Session {
     /// Its output.
     pub fn journal(&self) -> &JournalReader {
         &self.journal
+    }
+
+    /// The executor on which its process runs.
+    pub fn executor(&self) -> ExecutorId {
+        self.lock_row().executor.clone()
     }
 
     /// Its life so far.

@@ -64,6 +64,7 @@ fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
             let wanted = audit::Wanted { workspace, since, follow };
             audit::records(&valid(common, &Knobs::default())?, &wanted, common.json)?;
         }
+        Command::Key(command) => operate(common, command.into())?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 
 use crate::audit::{Act, Audit, Outcome};
 use crate::config::{self, Secret};
-use crate::store::{Binding, Executor, KeyPurpose, Revocation, RevocationScope, Store, StoreError, Token};
+use crate::store::{Binding, Executor, KeyPurpose, Keyring, Revocation, RevocationScope, Store, StoreError, Token};
 use crate::time::rfc3339;
 
 pub use socket::{bind_admin, execute, serve_admin, socket_in};
@@ -148,6 +148,13 @@ pub enum Request {
         /// The workspace.
         workspace: WorkspaceId,
     },
+    /// Lists the gateway's own keys by name.
+    KeyList,
+    /// Puts a new key before the one that signs now, which still verifies until the next rotation.
+    KeyRotate {
+        /// What the key signs.
+        purpose: KeyPurpose,
+    },
 }
 
 impl Request {
@@ -155,7 +162,7 @@ impl Request {
     fn act(&self, role: &str) -> Option<Act> {
         let of = |action| Act::new(action).by_the(role);
         Some(match self {
-            Self::TokenList | Self::ExecutorList { .. } => return None,
+            Self::TokenList | Self::ExecutorList { .. } | Self::KeyList => return None,
             Self::TokenCreate { workspace, user, ttl, read_only } => {
                 let what = json!({ "ttl_secs": ttl.map(|ttl| ttl.as_secs()), "read_only": read_only });
                 for_user(of("token.create").of_workspace(workspace), user.as_ref()).about(what)
@@ -188,6 +195,8 @@ impl Request {
                 of("cap_token.revoke").about(json!({ "turn": turn })).always()
             }
             Self::RevokeWorkspace { workspace } => of("cap_token.revoke").of_workspace(workspace).always(),
+            // It takes away what the key before the last one signed.
+            Self::KeyRotate { purpose } => of("key.rotate").about(json!({ "purpose": purpose })).always(),
         })
     }
 }
@@ -264,6 +273,8 @@ pub enum Response {
         #[serde(with = "secret_text")]
         token: Secret,
     },
+    /// The gateway's keys, without the secrets.
+    Keys(Vec<KeyEntry>),
     /// It is done, and there is nothing to tell.
     Done,
 }
@@ -291,6 +302,24 @@ pub struct TokenEntry {
     pub created_at: String,
     /// When it ends; `None` is never.
     pub expires_at: Option<String>,
+}
+
+/// The keys of one purpose in a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyEntry {
+    /// What they sign.
+    pub purpose: KeyPurpose,
+    /// Names the key that signs.
+    pub current: String,
+    /// Names the one that still verifies.
+    pub previous: Option<String>,
+}
+
+impl KeyEntry {
+    fn of(purpose: KeyPurpose, ring: &Keyring) -> Self {
+        let previous = ring.previous.as_ref().map(|key| key.kid.clone());
+        Self { purpose, current: ring.current.kid.clone(), previous }
+    }
 }
 
 /// An executor in a list.
@@ -378,6 +407,13 @@ pub enum Change {
     },
     /// Cap-tokens were revoked; the revocation is stored.
     Revoked(Revocation),
+    /// Other keys sign and verify from now on.
+    KeyRotated {
+        /// What they sign.
+        purpose: KeyPurpose,
+        /// The keys.
+        ring: Keyring,
+    },
 }
 
 /// What commands need to know of the configuration.
@@ -501,6 +537,19 @@ impl Admin {
             }
             Request::RevokeWorkspace { workspace } => {
                 self.revoke(RevocationScope::Workspace(workspace), REVOCATION_LIFE).await
+            }
+            Request::KeyList => {
+                let mut keys = Vec::new();
+                for purpose in KeyPurpose::ALL {
+                    keys.push(KeyEntry::of(purpose, &self.store.keyring(purpose).await?));
+                }
+                Ok(Response::Keys(keys))
+            }
+            Request::KeyRotate { purpose } => {
+                let ring = self.store.rotate_key(purpose).await?;
+                let entry = KeyEntry::of(purpose, &ring);
+                (self.observer)(&Change::KeyRotated { purpose, ring });
+                Ok(Response::Keys(vec![entry]))
             }
         }
     }

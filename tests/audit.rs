@@ -188,6 +188,7 @@ async fn a_harness_is_on_record_with_all_that_passed_and_the_reason_of_its_end()
             (&before["workspace"], &before["environment"], &before["executor"]),
             (&json!("w"), &json!("box"), &json!(id))
         );
+        assert_eq!(before["client"], "127.0.0.1");
         assert_eq!(before["what"]["encrypted"], tongue == Tongue::Encrypted);
         harness.socket.close(None).await.unwrap();
 

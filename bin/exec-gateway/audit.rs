@@ -145,7 +145,7 @@ fn text(record: &Value) -> String {
     };
     match record["kind"].as_str() {
         Some("begin") => {
-            for field in ["credential", "environment", "executor", "session", "what", "contents", "request"] {
+            for field in ["credential", "client", "environment", "executor", "session", "what", "contents", "request"] {
                 add("", field, "");
             }
         }

@@ -54,6 +54,8 @@ pub struct Api {
     pub audit: Audit,
     /// Executor sessions of plain harnesses.
     pub harnesses: AttachedSessions,
+    /// Streams that a harness may come back for.
+    pub comebacks: harness::StreamPlaces,
     /// Tasks that own an executor's socket.
     pub links: TaskTracker,
     /// Tasks that own a caller's socket.
@@ -84,6 +86,7 @@ impl Api {
             metrics,
             audit,
             harnesses: AttachedSessions::default(),
+            comebacks: harness::StreamPlaces::default(),
             links: TaskTracker::new(),
             sockets: TaskTracker::new(),
             draining: CancellationToken::new(),

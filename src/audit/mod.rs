@@ -209,6 +209,11 @@ impl Audit {
         }
     }
 
+    /// Whether calls are refused at the moment, since the disk takes no records.
+    pub fn refuses(&self) -> bool {
+        self.0.settings.when_full == WhenFull::Refuse && self.counts().failing
+    }
+
     /// The counts now.
     pub fn counts(&self) -> AuditCounts {
         let counts = &self.0.counts;

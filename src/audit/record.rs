@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -58,6 +59,8 @@ pub struct Act {
     #[serde(skip_serializing_if = "Option::is_none")]
     request: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    client: Option<IpAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     environment: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     executor: Option<ExecutorId>,
@@ -112,6 +115,12 @@ impl Act {
     #[must_use]
     pub fn asked_as(self, request: &str) -> Self {
         Self { request: Some(clipped(request)), ..self }
+    }
+
+    /// The address that it came from.
+    #[must_use]
+    pub fn from(self, client: Option<IpAddr>) -> Self {
+        Self { client, ..self }
     }
 
     /// The environment as the caller names it.

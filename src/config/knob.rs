@@ -2,10 +2,11 @@
 //! Knows nothing of where a value came from, and never shows a secret.
 
 use std::borrow::Cow;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+use ipnet::IpNet;
 use serde_json::Value;
 
 use super::{Config, LogFormat, LogLevel, Secret, WhenFull};
@@ -40,6 +41,8 @@ pub enum Kind {
     Number,
     /// True or false.
     Switch,
+    /// A list of addresses without port, or ranges of them.
+    Networks,
     /// A list of texts.
     Texts,
     /// One of these words.
@@ -100,7 +103,7 @@ impl Knob {
 impl Kind {
     /// Whether it holds several values.
     pub fn is_list(self) -> bool {
-        matches!(self, Self::Addresses | Self::Texts)
+        matches!(self, Self::Addresses | Self::Networks | Self::Texts)
     }
 
     /// What stands for a value in help texts.
@@ -112,7 +115,7 @@ impl Kind {
             Self::Secret => "SECRET".into(),
             Self::Number => "N".into(),
             Self::Switch => "true|false".into(),
-            Self::Texts => "LIST".into(),
+            Self::Networks | Self::Texts => "LIST".into(),
             Self::Choice(words) => words.join("|").into(),
         }
     }
@@ -122,7 +125,7 @@ impl Kind {
         match self {
             Self::Number => "a whole number",
             Self::Switch => "true or false",
-            Self::Addresses | Self::Texts => "an array of texts in quotes",
+            Self::Addresses | Self::Networks | Self::Texts => "an array of texts in quotes",
             _ => "a text in quotes",
         }
     }
@@ -186,6 +189,21 @@ impl Setting for Vec<String> {
     }
     fn show(&self) -> Value {
         self.clone().into()
+    }
+}
+
+impl Setting for Vec<IpNet> {
+    const KIND: Kind = Kind::Networks;
+    fn parse(items: &[String]) -> Result<Self, String> {
+        let network = |text: &String| {
+            let address = || text.parse::<IpAddr>().ok().map(IpNet::from);
+            let network = text.parse().ok().or_else(address);
+            network.ok_or_else(|| format!("`{text}` is no address or network like 10.0.0.0/8"))
+        };
+        items.iter().map(network).collect()
+    }
+    fn show(&self) -> Value {
+        self.iter().map(ToString::to_string).collect()
     }
 }
 

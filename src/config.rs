@@ -137,6 +137,8 @@ config! {
     auth: Auth {
         /// Base URL of a service that validates proxy tokens and executor credentials. Empty: the gateway's own tokens only.
         upstream_url: Option<String> = None,
+        /// PEM file with the authorities that may have signed the service's certificate, for a URL with https. Empty: those of the system.
+        upstream_authorities: Option<PathBuf> = None,
         /// Shared secret sent to that service as `X-Internal-Secret`. Better given by file or by systemd.
         upstream_secret: Option<Secret> = None,
         /// File that holds `auth.upstream_secret`. With neither given: `$CREDENTIALS_DIRECTORY/upstream_secret`, as systemd passes it.
@@ -319,6 +321,18 @@ config! {
         open_max: usize = 65_536 => 1..=1_000_000,
     }
 
+    /// MCP clients.
+    mcp: Mcp {
+        /// Text of one answer, in bytes: what is longer is cut in the middle, since models read it.
+        text_bytes_max: usize = 64 * 1024 => 1024..=16 * 1024 * 1024,
+        /// Interval in which a client that asks for it is told that its call goes on, in seconds; first after one.
+        progress_secs: u64 = 5 => 1..=3600,
+        /// Web origins whose pages may call, as `https://app.example.com`; those of this machine and of `public_url` always may.
+        allowed_origins: Vec<String> = Vec::new(),
+        /// Issuers of tokens that clients are told of, as URLs; for a service at `auth.upstream_url` that accepts their tokens.
+        authorization_servers: Vec<String> = Vec::new(),
+    }
+
     /// Shutdown.
     drain: Drain {
         /// Time between not being ready and refusing new calls, in seconds.
@@ -396,14 +410,17 @@ impl Config {
         {
             wrong("public_url", &message);
         }
+        for (knob, urls) in [
+            ("mcp.allowed_origins", &self.mcp.allowed_origins),
+            ("mcp.authorization_servers", &self.mcp.authorization_servers),
+        ] {
+            if let Some(message) = urls.iter().find_map(|url| check_url(url, &["http", "https"]).err()) {
+                wrong(knob, &message);
+            }
+        }
         if let Some(url) = &self.auth.upstream_url {
             if let Err(message) = check_url(url, &["http", "https"]) {
                 wrong("auth.upstream_url", &message);
-            } else if scheme(url) == "https" {
-                wrong(
-                    "auth.upstream_url",
-                    "https is not supported yet; reach the service over http on a private network",
-                );
             }
             if self.auth.upstream_secret.is_none() {
                 wrong("auth.upstream_secret", "is needed with auth.upstream_url; it or its file is not given");
@@ -714,7 +731,7 @@ mod tests {
     }
 
     #[test]
-    fn the_upstream_needs_plain_http_and_a_secret_that_fits_a_header() {
+    fn the_upstream_needs_a_web_address_and_a_secret_that_fits_a_header() {
         let upstream = |url: &str, secret: Option<&str>| {
             places(|config| {
                 config.auth.upstream_url = Some(url.into());
@@ -722,7 +739,8 @@ mod tests {
             })
         };
         assert_eq!(upstream("http://upstream.test", Some("s3cret")), Vec::<String>::new());
-        assert_eq!(upstream("https://upstream.test", Some("s3cret")), ["auth.upstream_url"]);
+        assert_eq!(upstream("https://upstream.test", Some("s3cret")), Vec::<String>::new());
+        assert_eq!(upstream("ftp://upstream.test", Some("s3cret")), ["auth.upstream_url"]);
         assert_eq!(upstream("http://upstream.test", None), ["auth.upstream_secret"]);
         assert_eq!(upstream("http://upstream.test", Some("line\nbreak")), ["auth.upstream_secret"]);
     }

@@ -14,6 +14,7 @@ pub mod relay;
 pub mod session;
 pub mod store;
 pub mod time;
+pub mod timing;
 pub mod tools;
 pub mod workspace;
 

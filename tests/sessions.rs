@@ -240,7 +240,7 @@ async fn one_start_key_is_refused_alike_while_there_is_no_room_and_works_once_th
     };
     let starts = (0..50).map(|_| {
         let key = Some("k".to_owned());
-        api.sessions.start(&workspace, &binding, request.clone(), key, PATIENCE)
+        api.sessions.start(&binding, request.clone(), key, PATIENCE)
     });
     for refused in futures_util::future::join_all(starts).await {
         assert!(matches!(refused, Err(SessionError::TooMany(1))), "{:?}", refused.err());

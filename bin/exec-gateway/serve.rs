@@ -87,7 +87,11 @@ pub fn start_logging(level: LogLevel, format: LogFormat) {
         LogLevel::Trace => LevelFilter::TRACE,
     };
     // The HTTP and WebSocket libraries log whole request lines below `warn`, and a query string may hold a ticket.
-    let targets = Targets::new().with_default(level.min(LevelFilter::WARN)).with_target("exec_gateway", level);
+    let targets = Targets::new()
+        .with_default(level.min(LevelFilter::WARN))
+        // It warns of every mistake of a client, in the client's words.
+        .with_target("rmcp", LevelFilter::ERROR)
+        .with_target("exec_gateway", level);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines = match format {
         LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),

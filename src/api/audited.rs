@@ -11,6 +11,8 @@ use crate::audit::{Act, Entry, Outcome};
 use crate::auth::Principal;
 use crate::protocol::rest::{Content, ToolResult};
 use crate::session::Session;
+use crate::tools::Tool;
+use crate::workspace::Workspace;
 
 /// Arguments that say what is done. Not among them: what is written, and values of variables.
 const RECORDED: [&str; 22] = [
@@ -41,6 +43,9 @@ const RECORDED: [&str; 22] = [
 /// Tools that only look at what the gateway has itself, and are asked again and again.
 const UNRECORDED: [&str; 3] = ["list_environments", "list_processes", "read_output"];
 
+/// The tool that ends a process; that is never refused for want of a record.
+const ENDING: &str = "terminate";
+
 /// Files of a patch that are named.
 const PATCHED_MAX: usize = 64;
 
@@ -70,24 +75,51 @@ pub(super) async fn recorded<T>(
     result
 }
 
-/// Records that a tool is called, unless it is one that only looks.
+/// Records that a tool is called, unless it is one that only looks; and says how many bytes its arguments have.
 ///
 /// # Errors
 /// 503 `audit_unavailable`; the call must not begin then.
 pub(super) async fn tool_call(
     api: &Api,
     act: Act,
-    tool: &'static str,
+    workspace: &Workspace,
+    tool: &'static Tool,
+    environment: Option<&str>,
     arguments: &Value,
-) -> Result<Option<Entry>, ApiError> {
-    if UNRECORDED.contains(&tool) {
-        return Ok(None);
+) -> Result<(Option<Entry>, u64), ApiError> {
+    if UNRECORDED.contains(&tool.name()) {
+        return Ok((None, 0));
     }
-    let mut act = act.with_tool(tool).about(details(arguments));
+    let mut act = act.with_tool(tool.name()).about(details(arguments));
+    let binding = match environment {
+        Some(name) => {
+            act = act.at(name);
+            workspace.environment(name).await.ok()
+        }
+        None if tool.needs_environment() => workspace.default_environment().await.ok(),
+        None => None,
+    };
+    // One that cannot be found is the call's to tell.
+    if let Some(binding) = binding {
+        act = act.at(binding.name().as_str()).on(binding.executor());
+    }
+    if tool.name() == ENDING {
+        act = act.always();
+    }
     if api.audit.keeps_contents() {
         act = act.containing(arguments.clone());
     }
-    Ok(Some(api.audit.begin(act).await?))
+    Ok((Some(api.audit.begin(act).await?), bytes(arguments)))
+}
+
+/// Bytes of all texts in a value.
+fn bytes(value: &Value) -> u64 {
+    match value {
+        Value::String(text) => text.len() as u64,
+        Value::Array(items) => items.iter().map(bytes).sum(),
+        Value::Object(fields) => fields.values().map(bytes).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+    }
 }
 
 /// What is done, without what it is done with.
@@ -119,9 +151,8 @@ fn patched(patch: &str) -> Vec<&str> {
     named.take(PATCHED_MAX).collect()
 }
 
-/// How a tool call ended. The bytes are those of its arguments and of what it tells.
-pub(super) fn outcome(result: &Result<ToolResult, ApiError>, bytes_in: usize) -> Outcome {
-    let bytes = |out: usize| (bytes_in as u64, out as u64);
+/// How a tool call ended. The bytes are those of the texts in its arguments, and of what it tells.
+pub(super) fn outcome(result: &Result<ToolResult, ApiError>, bytes_in: u64) -> Outcome {
     match result {
         Ok(result) => {
             let structured = result.structured_content.as_ref();
@@ -131,16 +162,13 @@ pub(super) fn outcome(result: &Result<ToolResult, ApiError>, bytes_in: usize) ->
                 None => "failed".into(),
             };
             let text = |content: &Content| match content {
-                Content::Text { text } => text.len(),
+                Content::Text { text } => text.len() as u64,
             };
-            let (bytes_in, bytes_out) = bytes(result.content.iter().map(text).sum());
+            let bytes_out = result.content.iter().map(text).sum();
             let exit_code = structured.and_then(|structured| structured["exit_code"].as_i64());
             Outcome::new(code).exit_code(exit_code).bytes(bytes_in, bytes_out)
         }
-        Err(error) => {
-            let (bytes_in, bytes_out) = bytes(0);
-            failed(error).bytes(bytes_in, bytes_out)
-        }
+        Err(error) => failed(error).bytes(bytes_in, 0),
     }
 }
 
@@ -183,6 +211,7 @@ mod tests {
 
     #[test]
     fn an_end_tells_code_exit_and_bytes() {
+        assert_eq!(bytes(&json!({ "command": ["ls", "-l"], "cwd": "/", "timeout_ms": 5 })), 5);
         let of = |result: &Result<ToolResult, ApiError>| format!("{:?}", outcome(result, 7));
         let mut result = ToolResult::error("nope");
         assert!(of(&Ok(result.clone())).contains("\"failed\""));

@@ -198,6 +198,7 @@ impl From<&ReachError> for ApiError {
         let message = error.to_string();
         match error {
             ReachError::NoEnvironment(_) => Self::new(404, "env_not_found", message),
+            ReachError::WhichEnvironment(_) => Self::new(400, "environment_required", message),
             ReachError::NotConnected(_) => Self::new(503, "executor_not_connected", message).retry_after(2),
             ReachError::TooManyStreams => Self::new(429, "too_many_streams", message).retry_after(1),
             ReachError::StreamTaken => Self::new(409, "stream_taken", message),
@@ -224,7 +225,7 @@ impl From<&SessionError> for ApiError {
             SessionError::TooMany(_) => Self::new(429, "too_many_sessions", message).retry_after(5),
             SessionError::TooManyStreams(_) => Self::new(429, "too_many_streams", message).retry_after(5),
             SessionError::KeyConflict => Self::new(409, "idempotency_conflict", message),
-            SessionError::Store(_) | SessionError::Disk(_) => {
+            SessionError::Store(_) | SessionError::Disk(_) | SessionError::Unreadable(_) => {
                 Self::new(503, "store_unavailable", message).retry_after(2).caused_by(error)
             }
             SessionError::NotStarted(_) => Self::new(502, "executor_unreachable", message).with_ran(Ran::No),
@@ -246,7 +247,7 @@ impl From<StdinError> for ApiError {
             StdinError::Closed => (409, "stdin_closed"),
             StdinError::Full { .. } => (429, "stdin_full"),
             StdinError::Gap { .. } | StdinError::Changed { .. } => (409, "stdin_offset"),
-            StdinError::EofUnsupported => (409, "eof_unsupported"),
+            StdinError::Endless | StdinError::EofUnsupported => (409, "eof_unsupported"),
             StdinError::Lost => (503, "executor_not_connected"),
         };
         let refused = Self::new(status, code, error.to_string());
@@ -274,6 +275,7 @@ impl From<ToolError> for ApiError {
             ToolError::Lost { ran } => Self::new(502, "executor_unreachable", error.to_string()).with_ran(*ran),
             ToolError::NoAnswer { ran } => Self::new(504, "executor_timeout", error.to_string()).with_ran(*ran),
             ToolError::Session(session) => Self::from(session),
+            ToolError::Stdin(stdin) => Self::from(stdin.clone()),
             ToolError::Malformed(cause) => {
                 Self::new(502, "executor_unreachable", error.to_string()).with_ran(Ran::Unknown).caused_by(cause)
             }

@@ -18,7 +18,7 @@ use tokio_tungstenite::WebSocketStream;
 use uuid::Uuid;
 
 use super::error::ApiError;
-use super::{Api, asked_as, credential, harness, json, query_parameter};
+use super::{Api, asked_as, credential, harness, http_base, json, query_parameter};
 use crate::audit::{Act, Outcome};
 use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
 use crate::auth::sigv4::SignedRequest;
@@ -332,21 +332,8 @@ fn check_certificate(api: &Api, connection: &Extensions) -> Result<(), ApiError>
 
 /// Where the executor dials: the configured public URL, else the Host under which it has just reached us.
 pub(super) fn websocket_base(api: &Api, request: &Parts) -> String {
-    match &api.config.public_url {
-        Some(url) => {
-            let url = url.trim_end_matches('/');
-            match url.split_once("://") {
-                Some(("http", rest)) => format!("ws://{rest}"),
-                Some(("https", rest)) => format!("wss://{rest}"),
-                _ => url.to_owned(),
-            }
-        }
-        None => {
-            let (tls, host) = peer::reached(&request.headers, request.extensions.get());
-            let scheme = if tls { "wss" } else { "ws" };
-            format!("{scheme}://{}", host.as_deref().unwrap_or("127.0.0.1"))
-        }
-    }
+    // `https` becomes `wss` by this too.
+    http_base(api, request).replacen("http", "ws", 1)
 }
 
 /// `POST …/validate`: may this harness key talk to this executor? Never asks upstream: the bearer is compared with the

@@ -1,21 +1,26 @@
 //! The doors: parse, authenticate, call the domain, answer. No rules of the domain live here.
 
 mod audited;
+mod calls;
 pub mod compat;
 mod credential;
 pub mod error;
 pub mod executor;
 pub mod harness;
+pub mod mcp;
 pub mod processes;
 pub mod rest;
 
+use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock, Weak};
 
 use bytes::Bytes;
-use futures_util::FutureExt;
-use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use futures_util::{FutureExt, Stream, StreamExt, stream};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, TRAILER};
+use hyper::http::request::Parts;
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -26,15 +31,18 @@ use crate::admin::Admin;
 use crate::audit::Audit;
 use crate::config::Config;
 use crate::edge::body::{Body, full};
+use crate::edge::peer;
 use crate::edge::router::{Envelope, Route, RouteError, Router, percent_decode};
 use crate::ops::metrics::Metrics;
 use crate::protocol::rest::ErrorBody;
 use crate::relay::harness::AttachedSessions;
 use crate::session::Sessions;
+use crate::timing::Timing;
 use crate::workspace::Corridor;
 use crate::workspace::cache::Workspaces;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
 /// What the doors need.
 pub struct Api {
@@ -54,6 +62,8 @@ pub struct Api {
     pub audit: Audit,
     /// Executor sessions of plain harnesses.
     pub harnesses: AttachedSessions,
+    /// Calls of MCP clients under way, by which they are cancelled.
+    pub mcp_calls: mcp::Calls,
     /// Streams that a harness may come back for.
     pub comebacks: harness::StreamPlaces,
     /// Tasks that own an executor's socket.
@@ -86,6 +96,7 @@ impl Api {
             metrics,
             audit,
             harnesses: AttachedSessions::default(),
+            mcp_calls: mcp::Calls::default(),
             comebacks: harness::StreamPlaces::default(),
             links: TaskTracker::new(),
             sockets: TaskTracker::new(),
@@ -104,6 +115,10 @@ impl Api {
         let path = request.uri().path().to_owned();
         let found = self.router.find(&method, &path);
         let envelope = found.as_ref().map_or(Envelope::Json, |(route, _)| route.envelope());
+        let timing = found.as_ref().is_ok_and(|(route, _)| route.is_timed()).then(Timing::start);
+        if let Some(timing) = &timing {
+            request.extensions_mut().insert(timing.clone());
+        }
         let result = match found {
             Ok((route, parameter)) => {
                 let metrics = self.metrics.clone();
@@ -122,7 +137,11 @@ impl Api {
             log(&error, &request_id, &method, &path);
             render(&error, envelope)
         });
-        response.headers_mut().insert(REQUEST_ID, request_id);
+        let headers = response.headers_mut();
+        headers.insert(REQUEST_ID, request_id);
+        if let Some(timing) = timing {
+            headers.insert(SERVER_TIMING, timing_value(&timing));
+        }
         response
     }
 
@@ -156,6 +175,8 @@ impl Api {
             Route::ExecutorUnbind => compat::unbind(&self, &parameter, request).await,
             Route::CloudRelay => executor::open_registered_link(&self, &parameter, request).await,
             Route::Bridge => executor::open_link(&self, &parameter, request).await,
+            Route::Mcp => mcp::message(&self, request).await,
+            Route::ProtectedResource => mcp::protected_resource(&self, request),
             Route::Health => {
                 let body = if request.method() == Method::HEAD { full("") } else { full("ok\n") };
                 Ok(Response::new(body))
@@ -209,6 +230,14 @@ fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
             let body = serde_json::json!({ "error": error.message() });
             (full(json_line(&body)), "application/json")
         }
+        Envelope::Rpc => {
+            let body = serde_json::json!({
+                "jsonrpc": "2.0",
+                "id": null,
+                "error": { "code": mcp::REFUSED, "message": error.message(), "data": { "code": error.code() } },
+            });
+            (full(json_line(&body)), "application/json")
+        }
         Envelope::Text => (full(format!("{}\n", error.message())), "text/plain; charset=utf-8"),
     };
     let mut response = Response::new(body);
@@ -227,6 +256,45 @@ fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
 /// The id of a request that [`Api::answer`] has let in.
 fn asked_as(headers: &HeaderMap) -> &str {
     headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).unwrap_or_default()
+}
+
+/// Where the time of this request goes.
+fn timing<B>(request: &Request<B>) -> Timing {
+    request.extensions().get::<Timing>().cloned().unwrap_or_else(Timing::start)
+}
+
+fn timing_value(timing: &Timing) -> HeaderValue {
+    HeaderValue::try_from(timing.to_string()).expect("names and numbers are a header value")
+}
+
+/// An answer whose head leaves before its end is known: where the time went stands behind its last piece too, for
+/// clients that read trailers.
+fn late(pieces: impl Stream<Item = Bytes> + Send + 'static, timing: Timing) -> Response<Body> {
+    let behind =
+        stream::once(async move { Frame::trailers([(SERVER_TIMING, timing_value(&timing))].into_iter().collect()) });
+    let frames = pieces.map(Frame::data).chain(behind).map(Ok::<_, Infallible>);
+    let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(frames)));
+    response.headers_mut().insert(TRAILER, HeaderValue::from_name(SERVER_TIMING));
+    response
+}
+
+/// Base URL under which callers reach this gateway: the configured one, else the Host of the request.
+fn http_base(api: &Api, request: &Parts) -> String {
+    match &api.config.public_url {
+        Some(url) => {
+            let url = url.trim_end_matches('/');
+            match url.split_once("://") {
+                Some(("ws", rest)) => format!("http://{rest}"),
+                Some(("wss", rest)) => format!("https://{rest}"),
+                _ => url.to_owned(),
+            }
+        }
+        None => {
+            let (tls, host) = peer::reached(&request.headers, request.extensions.get());
+            let scheme = if tls { "https" } else { "http" };
+            format!("{scheme}://{}", host.as_deref().unwrap_or("127.0.0.1"))
+        }
+    }
 }
 
 fn read_only() -> ApiError {

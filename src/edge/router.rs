@@ -54,6 +54,10 @@ pub enum Route {
     ExecutorsBound,
     /// A service unbinds an executor.
     ExecutorUnbind,
+    /// A message of an MCP client.
+    Mcp,
+    /// An MCP client asks how to come by a token.
+    ProtectedResource,
     /// The gateway is alive.
     Health,
 }
@@ -65,6 +69,8 @@ pub enum Envelope {
     Json,
     /// `{"error":"message"}`
     Message,
+    /// `{"jsonrpc":"2.0","error":{"code","message","data"}}`
+    Rpc,
     /// The message alone.
     Text,
 }
@@ -95,7 +101,41 @@ impl Route {
             | Self::RegisterAgentx
             | Self::RegisterDirect
             | Self::Validate
-            | Self::Connect => Envelope::Json,
+            | Self::Connect
+            | Self::ProtectedResource => Envelope::Json,
+            Self::Mcp => Envelope::Rpc,
+        }
+    }
+
+    /// Whether answers say where their time went.
+    pub fn is_timed(self) -> bool {
+        match self {
+            Self::EnvList
+            | Self::ToolCall
+            | Self::ProcessList
+            | Self::ProcessShow
+            | Self::ProcessForget
+            | Self::ProcessOutput
+            | Self::ProcessStdin
+            | Self::ProcessTerminate
+            | Self::Mcp => true,
+            Self::ProcessAttach
+            | Self::RegisterCodex
+            | Self::RegisterAgentx
+            | Self::RegisterDirect
+            | Self::Validate
+            | Self::Connect
+            | Self::Bridge
+            | Self::CloudRelay
+            | Self::Connected
+            | Self::RevokeTurn
+            | Self::ExecutorRegister
+            | Self::ExecutorDelete
+            | Self::ExecutorBind
+            | Self::ExecutorsBound
+            | Self::ExecutorUnbind
+            | Self::ProtectedResource
+            | Self::Health => false,
         }
     }
 }
@@ -149,6 +189,13 @@ impl Router {
         add(Method::POST, "/api/codex-exec/workspaces/{wid}/executors", Route::ExecutorBind);
         add(Method::GET, "/api/codex-exec/workspaces/{wid}/executors", Route::ExecutorsBound);
         add(Method::DELETE, "/api/codex-exec/workspaces/{wid}/executors/{id}", Route::ExecutorUnbind);
+        for path in ["/mcp", "/v1/mcp"] {
+            add(Method::POST, path, Route::Mcp);
+            add(Method::GET, &format!("/.well-known/oauth-protected-resource{path}"), Route::ProtectedResource);
+        }
+        add(Method::GET, "/.well-known/oauth-protected-resource", Route::ProtectedResource);
+        // Where the original has it.
+        add(Method::GET, "/v1/.well-known/oauth-protected-resource", Route::ProtectedResource);
         add(Method::GET, "/healthz", Route::Health);
         let mut paths = matchit::Router::new();
         for (path, routes) in table {

@@ -8,6 +8,7 @@ mod place;
 mod process;
 mod quota;
 mod stdin;
+pub mod view;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -17,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
 use dashmap::DashMap;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -28,7 +30,7 @@ use uuid::Uuid;
 
 use crate::auth::Auth;
 use crate::config;
-use crate::journal::{Full, Journal, JournalError, JournalReader, Limits};
+use crate::journal::{Append, Full, Journal, JournalError, JournalReader, Limits};
 use crate::protocol::ids::{ExecutorId, SessionId, WorkspaceId};
 use crate::protocol::rpc::{ProcessSignal, Signal};
 use crate::relay::client::{CallError, Client};
@@ -48,6 +50,9 @@ const FIRST_SEQ: u64 = 1;
 
 /// How long an executor may take to kill the processes of a workspace that lost its right to it.
 const WITHDRAW_WAIT: Duration = Duration::from_secs(5);
+
+/// Bytes of one record of output that is kept after the end: what executors send at once, so that pages are as small.
+const KEPT_RECORD_BYTES: usize = 8 * 1024;
 
 /// Output that all sessions together may always keep: with none nothing could be read on a disk that others have filled.
 const TOTAL_BYTES_MIN: u64 = 64 * 1024 * 1024;
@@ -104,6 +109,9 @@ pub enum SessionError {
     /// The session's directory cannot be used.
     #[error("the session's output cannot be stored")]
     Disk(#[source] Arc<JournalError>),
+    /// The session's output cannot be read.
+    #[error("the output could not be read")]
+    Unreadable(#[source] Arc<JournalError>),
     /// The executor refused to start the process; nothing ran.
     #[error("{0}")]
     NotStarted(String),
@@ -192,8 +200,40 @@ pub struct Session {
     spill_bytes: AtomicU64,
 }
 
+/// A process that is over, with all that is known of it.
+#[derive(Debug)]
+pub struct Over {
+    /// What it wrote, by stream: 0 is stdout, 1 stderr.
+    pub output: Vec<(u8, Bytes)>,
+    /// Bytes that it wrote besides.
+    pub lost_bytes: u64,
+    /// Its exit code.
+    pub exit_code: Option<i32>,
+    /// What is known about an end without exit code.
+    pub detail: Option<String>,
+}
+
+impl Over {
+    fn write(&self, path: &Path, limits: Limits) -> Result<Journal, JournalError> {
+        let mut journal = new_journal(path, limits)?;
+        for (tag, bytes) in &self.output {
+            for bytes in bytes.chunks(process::WRITE_BYTES) {
+                let records = bytes.chunks(KEPT_RECORD_BYTES).map(|bytes| Append { tag: *tag, mark: 0, bytes });
+                journal.append(&records.collect::<Vec<_>>())?;
+            }
+        }
+        if self.lost_bytes > 0 {
+            journal.append_gap(0, Some(self.lost_bytes), 1, 0)?;
+        }
+        if let Err(error) = journal.sync() {
+            tracing::warn!(%error, "output was not synced to the disk");
+        }
+        Ok(journal)
+    }
+}
+
 /// How a process is asked to end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum EndSignal {
     /// Interrupt.
     #[serde(rename = "INT")]
@@ -379,6 +419,33 @@ fn new_journal(path: &Path, limits: Limits) -> Result<Journal, JournalError> {
     }
 }
 
+/// The row of a session that is about to begin.
+fn new_row(binding: &Binding, key: Option<String>, request: &StartRequest) -> Result<SessionRow, SessionError> {
+    let text = serde_json::to_string(request).map_err(|error| JournalError::Disk(error.into()))?;
+    let digest =
+        Sha256::new().chain_update(binding.executor().as_str()).chain_update([0]).chain_update(&text).finalize();
+    Ok(SessionRow {
+        id: SessionId::new(&Uuid::new_v4().to_string()).expect("a UUID is a path id"),
+        process: format!("ps_{}", Uuid::new_v4().simple()),
+        workspace: binding.workspace().clone(),
+        executor: binding.executor().clone(),
+        environment: binding.name().clone(),
+        start_key: key,
+        request_digest: digest.into(),
+        request: text,
+        executor_session: None,
+        state: SessionState::Starting,
+        exit_code: None,
+        exit_seq: None,
+        detail: None,
+        created_at: SystemTime::now(),
+        ended_at: None,
+        stdin_accepted: 0,
+        stdin_eof: false,
+        pending_write: None,
+    })
+}
+
 /// Work on the disk, beside the runtime.
 async fn on_disk<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, JournalError> + Send + 'static,
@@ -542,46 +609,48 @@ impl Sessions {
     /// [`SessionError`].
     pub async fn start(
         self: &Arc<Self>,
-        workspace: &Arc<Workspace>,
         binding: &Binding,
         request: StartRequest,
         key: Option<String>,
         wait: Duration,
     ) -> Result<Arc<Session>, SessionError> {
-        let text = serde_json::to_string(&request).map_err(|error| JournalError::Disk(error.into()))?;
-        let digest: [u8; 32] = Sha256::new()
-            .chain_update(binding.executor().as_str())
-            .chain_update([0])
-            .chain_update(&text)
-            .finalize()
-            .into();
-        let id = SessionId::new(&Uuid::new_v4().to_string()).expect("a UUID is a path id");
-        let row = SessionRow {
-            process: format!("ps_{}", Uuid::new_v4().simple()),
-            workspace: workspace.id().clone(),
-            executor: binding.executor().clone(),
-            environment: binding.name().clone(),
-            start_key: key,
-            request_digest: digest,
-            request: text,
-            executor_session: None,
-            state: SessionState::Starting,
-            exit_code: None,
-            exit_seq: None,
-            detail: None,
-            created_at: SystemTime::now(),
-            ended_at: None,
-            stdin_accepted: 0,
-            stdin_eof: false,
-            pending_write: None,
-            id,
-        };
+        let row = new_row(binding, key, &request)?;
         let mut entering = self.entering(row, request, binding)?;
         let session = match entering.wait_for(Option::is_some).await {
             Ok(entered) => entered.clone().expect("waited until there is one")?,
             Err(_) => return Err(SessionError::StartUnknown),
         };
         self.started(session, wait).await
+    }
+
+    /// Keeps what a process wrote that is over already, as a session like any other. Goes on when the future is dropped.
+    ///
+    /// # Errors
+    /// [`SessionError::TooMany`], `Store` and `Disk`.
+    pub async fn keep(
+        self: &Arc<Self>,
+        binding: &Binding,
+        request: StartRequest,
+        over: Over,
+    ) -> Result<Arc<Session>, SessionError> {
+        let places_max = self.settings.workspace_max;
+        let place = self.session_places.take(binding.workspace(), places_max);
+        let place = place.ok_or(SessionError::TooMany(places_max))?;
+        let mut row = new_row(binding, None, &request)?;
+        row.state = SessionState::Exited;
+        row.exit_code = over.exit_code;
+        row.detail.clone_from(&over.detail);
+        row.ended_at = Some(row.created_at);
+        let sessions = self.clone();
+        let keeping = tokio::spawn(async move {
+            let (path, limits) = (sessions.directory_of(&row.id), sessions.limits());
+            // Its row comes last: a directory without one is removed at the next start.
+            let journal = on_disk(move || over.write(&path, limits)).await?;
+            sessions.store.reserve_session(row.clone()).await?;
+            Ok(sessions.enter(row, request, journal, place, None))
+        });
+        let kept = keeping.await;
+        kept.unwrap_or_else(|error| Err(JournalError::Disk(std::io::Error::other(error)).into()))
     }
 
     /// Begins a start, or joins the one that is under way under the same key: who joins gets the session itself, whatever
@@ -702,6 +771,11 @@ impl Sessions {
             self.entries.iter().filter(|entry| entry.workspace == *workspace).map(|entry| entry.clone()).collect();
         sessions.sort_by_key(|session| session.created_at);
         sessions
+    }
+
+    /// Bounds and times of sessions.
+    pub fn settings(&self) -> &config::Sessions {
+        &self.settings
     }
 
     /// Sessions in the table.

@@ -43,7 +43,7 @@ const SYNC_EVERY: Duration = Duration::from_secs(1);
 const BATCH_EVENTS: usize = 128;
 
 /// Bytes of one write to the journal: small enough for the smallest quota, and for the memory tail to share its buffer.
-const WRITE_BYTES: usize = 128 * 1024;
+pub(super) const WRITE_BYTES: usize = 128 * 1024;
 
 /// How long, and by how many events, live events may stand before one that has not come yet: then it is looked for in
 /// the executor's ring.

@@ -77,6 +77,9 @@ pub enum StdinError {
         /// Bytes accepted since the start.
         accepted: u64,
     },
+    /// The stdin of this process has no end.
+    #[error("the stdin of this session has no end; start it with stdin \"stream\"")]
+    Endless,
     /// The executor cannot end stdin and has no shell that could.
     #[error("this executor cannot end stdin")]
     EofUnsupported,

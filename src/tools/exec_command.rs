@@ -107,12 +107,12 @@ async fn call(site: Site<'_>, arguments: Arguments) -> Result<ToolResult, ToolEr
         label: arguments.label,
     };
     let wait = deadline.saturating_duration_since(tokio::time::Instant::now());
-    match call.sessions.start(&call.workspace, site.binding, request, key, wait).await {
+    match call.sessions.start(site.binding, request, key, wait).await {
         Ok(session) => {
             let started = serde_json::to_value(Output { session_id: session.id.as_str() }).expect("plain data");
             Ok(ToolResult { structured_content: Some(started.clone()), ..ToolResult::text(started.to_string()) })
         }
         Err(SessionError::NotStarted(why)) => Ok(coded_failure("not_started", format!("{} failed: {why}", TOOL.name))),
-        Err(error) => Err(ToolError::Session(error)),
+        Err(error) => Err(error.into()),
     }
 }

@@ -6,9 +6,15 @@ mod command;
 mod exec_command;
 mod execution;
 mod files;
+mod list_environments;
+mod list_processes;
 mod process;
+mod read_output;
 mod script;
+mod session;
 mod shell;
+mod terminate;
+mod write_stdin;
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -17,18 +23,22 @@ use std::time::Duration;
 
 use schemars::Schema;
 use schemars::generate::{SchemaGenerator, SchemaSettings};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::config;
 use crate::protocol::path::{FileUri, PathError};
 use crate::protocol::rest::{Ran, ToolInfo, ToolResult};
 use crate::protocol::rpc::{self, EnvironmentInfo, RpcError};
 use crate::relay::client::{CallError, Client};
-use crate::session::{SessionError, Sessions};
+use crate::session::{SessionError, Sessions, StdinError};
 use crate::store::Binding;
+use crate::timing::Timing;
 use crate::workspace::pool::{Pool, Use};
 use crate::workspace::{ReachError, Workspace};
 
@@ -61,7 +71,6 @@ pub enum Effect {
 /// How a tool runs: at one environment, or for the workspace as a whole.
 enum Run {
     At(for<'a> fn(Site<'a>, Value) -> Running<'a>),
-    #[expect(dead_code, reason = "the tools of the whole workspace are not there yet")]
     Workspace(for<'a> fn(&'a Call, Value) -> Running<'a>),
 }
 
@@ -80,6 +89,23 @@ pub struct Call {
     pub sessions: Arc<Sessions>,
     /// The caller's `Idempotency-Key`.
     pub key: Option<String>,
+    /// Cancelled when the gateway stops: nobody waits any longer for what the next one can tell as well.
+    pub draining: CancellationToken,
+    /// Told how far a long call has come, where the caller wants to know.
+    pub progress: Option<watch::Sender<Progress>>,
+    /// Bytes of text that the caller takes in one answer, as models do; `None` takes all.
+    pub text_bytes_max: Option<usize>,
+    /// Where the time of the request goes.
+    pub timing: Timing,
+}
+
+/// How far a long call has come, in the unit of its tool (bytes for `copy_path`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// What is done; it never goes back.
+    pub done: u64,
+    /// What there is to do, once that is known.
+    pub total: Option<u64>,
 }
 
 /// One environment as one call works at it.
@@ -110,9 +136,12 @@ pub enum ToolError {
         /// Whether the call may have run.
         ran: Ran,
     },
-    /// A process session could not be started.
+    /// A process session is not there or could not be started.
     #[error(transparent)]
-    Session(SessionError),
+    Session(#[from] SessionError),
+    /// Bytes for a process were not accepted.
+    #[error(transparent)]
+    Stdin(#[from] StdinError),
     /// The executor's answer makes no sense.
     #[error("the executor's answer is malformed")]
     Malformed(#[source] serde_json::Error),
@@ -125,6 +154,11 @@ impl Tool {
         &files::READ_FILE,
         &files::WRITE_FILE,
         &exec_command::TOOL,
+        &write_stdin::TOOL,
+        &read_output::TOOL,
+        &terminate::TOOL,
+        &list_processes::TOOL,
+        &list_environments::TOOL,
         &files::EDIT_FILE,
         &files::LIST_DIRECTORY,
         &files::FIND_FILES,
@@ -143,6 +177,11 @@ impl Tool {
     /// Its name on the wire.
     pub fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// What models are told about it.
+    pub fn description(&self) -> &'static str {
+        self.description
     }
 
     /// What it may do to what is there.
@@ -184,15 +223,38 @@ impl Tool {
         &INFOS[self.name]
     }
 
-    /// Runs one call, at the environment of that name. Dropping the future ends what it started on the executor.
+    /// Runs one call, at the environment of that name; without a name where the tool works in the whole workspace, or
+    /// else at the only environment or the default one. Dropping the future ends what it started on the executor.
     ///
     /// # Errors
     /// [`ToolError`].
-    pub async fn call(&self, call: &Call, environment: &str, arguments: Value) -> Result<ToolResult, ToolError> {
-        let binding = call.workspace.environment(environment).await.map_err(Arc::new)?;
+    pub async fn call(
+        &self,
+        call: &Call,
+        environment: Option<&str>,
+        mut arguments: Value,
+    ) -> Result<ToolResult, ToolError> {
         match self.run {
-            Run::At(run) => run(Site { call, binding: &binding }, arguments).await,
-            Run::Workspace(run) => run(call, arguments).await,
+            Run::At(run) => {
+                let binding = match environment {
+                    Some(name) => call.workspace.environment(name).await,
+                    None => call.workspace.default_environment().await,
+                };
+                let binding = binding.map_err(Arc::new)?;
+                call.timing.executor(run(Site { call, binding: &binding }, arguments)).await
+            }
+            Run::Workspace(run) => {
+                if arguments.is_null() {
+                    arguments = json!({});
+                }
+                if let Some(name) = environment {
+                    let binding = call.workspace.environment(name).await.map_err(Arc::new)?;
+                    if let Some(arguments) = arguments.as_object_mut() {
+                        arguments.insert("environment_id".into(), binding.name().as_str().into());
+                    }
+                }
+                call.timing.executor(run(call, arguments)).await
+            }
         }
     }
 }
@@ -207,7 +269,23 @@ fn schema(of: fn(&mut SchemaGenerator) -> Schema) -> Value {
     if let Some(schema) = schema.as_object_mut() {
         schema.remove("title");
     }
+    forget_widths(&mut schema);
     schema
+}
+
+/// Takes out how wide Rust's numbers are: JSON schema knows no such formats, and clients complain about them.
+fn forget_widths(schema: &mut Value) {
+    match schema {
+        Value::Object(members) => {
+            let is_width = |format: &Value| format.as_str().is_some_and(|format| format.contains("int"));
+            if members.get("format").is_some_and(is_width) {
+                members.remove("format");
+            }
+            members.values_mut().for_each(forget_widths);
+        }
+        Value::Array(values) => values.iter_mut().for_each(forget_widths),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
 }
 
 /// The arguments as the tool's own type.
@@ -245,7 +323,7 @@ impl<'a> Site<'a> {
     async fn client(self, purpose: Use, deadline: Instant) -> Result<Client, ToolError> {
         let Self { call, binding } = self;
         let client = Pool::client(&call.workspace, binding, purpose);
-        match tokio::time::timeout_at(deadline, client).await {
+        match call.timing.queue(tokio::time::timeout_at(deadline, client)).await {
             Ok(client) => Ok(client?),
             Err(_) if call.workspace.corridor().registry.link(binding).is_none() => {
                 Err(Arc::new(ReachError::NotConnected(binding.name().to_string())).into())
@@ -294,7 +372,8 @@ impl WayBack<'_> {
             tokio::time::sleep(self.pause).await;
             Pool::successor(&self.site.call.workspace, self.site.binding, self.purpose, lost).await
         };
-        let found = tokio::time::timeout_at(self.deadline.min(began + self.left), found).await;
+        let until = self.deadline.min(began + self.left);
+        let found = self.site.call.timing.queue(tokio::time::timeout_at(until, found)).await;
         self.left = self.left.saturating_sub(began.elapsed());
         self.pause = (self.pause * 2).clamp(RELINK_PAUSE, RELINK_PAUSE_MAX);
         found.ok().flatten().ok_or(ToolError::Lost { ran: self.ran })
@@ -329,6 +408,23 @@ fn failure(tool: &Tool, error: &RpcError) -> ToolResult {
         _ => "failed",
     };
     coded_failure(code, format!("{} failed: {}", tool.name, error.message))
+}
+
+/// A success: `text` for models, `structured` for programs.
+fn success(text: impl Into<String>, structured: &impl Serialize) -> ToolResult {
+    let structured = serde_json::to_value(structured).expect("what a tool tells is plain data");
+    ToolResult { structured_content: Some(structured), ..ToolResult::text(text) }
+}
+
+/// The beginning and the end of a text, together of at most `bytes_max` bytes, cut between characters.
+pub fn head_and_tail(text: &str, bytes_max: usize) -> (&str, &str) {
+    if text.len() <= bytes_max {
+        return (text, "");
+    }
+    let boundary = |at: &usize| text.is_char_boundary(*at);
+    let head = (0..=bytes_max / 2).rev().find(boundary).unwrap_or(0);
+    let tail = (text.len() - (bytes_max - bytes_max / 2)..text.len()).find(boundary).unwrap_or(text.len());
+    (&text[..head], &text[tail..])
 }
 
 fn coded_failure(code: &str, message: String) -> ToolResult {

@@ -5,15 +5,17 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::command::{Command, check_env};
 use super::execution::{Ended, Execution, execute};
-use super::{Effect, Run, Site, Tool, ToolError, failure, parse, resolve};
+use super::{Effect, Run, Site, Tool, ToolError, failure, head_and_tail, parse, resolve};
 use crate::protocol::rest::{Content, ToolResult};
 use crate::protocol::rpc::{EnvPolicy, ProcessStart};
 use crate::relay::process_tree::MARK;
+use crate::session::{Over, StartRequest, StdinMode};
 use crate::workspace::pool::Use;
 
 pub(super) const TOOL: Tool = Tool {
@@ -68,6 +70,28 @@ struct Output {
     /// Chunks of output that the executor no longer had when its link was back.
     #[serde(skip_serializing_if = "Option::is_none")]
     lost_chunks: Option<u64>,
+    /// The session that read_output shows all of the output of, where stdout and stderr stand here without their middle.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    session_id: Option<String>,
+}
+
+impl Output {
+    /// All but the output itself.
+    fn of(ended: &Ended, duration: Duration) -> Self {
+        let some = |count: u64| (count > 0).then_some(count);
+        Self {
+            stdout: String::new(),
+            stderr: String::new(),
+            exit_code: ended.exit_code,
+            timed_out: ended.timed_out,
+            duration_ms: u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
+            stdout_b64: None,
+            stderr_b64: None,
+            lost_bytes: some(ended.lost_bytes),
+            lost_chunks: some(ended.lost_chunks),
+            session_id: None,
+        }
+    }
 }
 
 async fn call(site: Site<'_>, arguments: Arguments) -> Result<ToolResult, ToolError> {
@@ -90,16 +114,68 @@ async fn call(site: Site<'_>, arguments: Arguments) -> Result<ToolResult, ToolEr
         env_policy: Some(EnvPolicy::commands(&site.call.settings.env_exclude)),
         sandbox: None,
     };
-    Ok(match execute(site, client, &start, deadline, site.call.settings.output_bytes_max).await? {
-        Execution::Refused(refusal) => failure(&TOOL, &refusal),
-        Execution::Ended(ended) => result(ended, site.call.started.elapsed()),
+    let ended = match execute(site, client, &start, deadline, site.call.settings.output_bytes_max).await? {
+        Execution::Refused(refusal) => return Ok(failure(&TOOL, &refusal)),
+        Execution::Ended(ended) => ended,
+    };
+    let duration = site.call.started.elapsed();
+    let long = site.call.text_bytes_max.filter(|bytes_max| ended.stdout.len() + ended.stderr.len() > *bytes_max);
+    Ok(match long {
+        None => whole(ended, duration),
+        Some(bytes_max) => cut(site, start, ended, duration, bytes_max).await,
     })
 }
 
-fn result(ended: Ended, duration: Duration) -> ToolResult {
-    let Ended { exit_code, timed_out, lost_bytes, lost_chunks, .. } = ended;
-    let (stdout, stdout_b64) = text_and_exact(ended.stdout);
-    let (stderr, stderr_b64) = text_and_exact(ended.stderr);
+fn whole(mut ended: Ended, duration: Duration) -> ToolResult {
+    let (stdout, stdout_b64) = text_and_exact(std::mem::take(&mut ended.stdout));
+    let (stderr, stderr_b64) = text_and_exact(std::mem::take(&mut ended.stderr));
+    result(stdout, stderr, Output { stdout_b64, stderr_b64, ..Output::of(&ended, duration) })
+}
+
+/// Both ends of what it wrote, for a caller that takes no more, and the session that keeps all of it.
+async fn cut(site: Site<'_>, start: ProcessStart, ended: Ended, duration: Duration, bytes_max: usize) -> ToolResult {
+    let mut output = Output::of(&ended, duration);
+    let request = StartRequest {
+        argv: start.argv,
+        cwd: Some(start.cwd.as_str().to_owned()),
+        env: BTreeMap::new(),
+        tty: false,
+        stdin: StdinMode::None,
+        timeout_ms: None,
+        label: Some(TOOL.name.to_owned()),
+    };
+    let (stdout, stderr) = (Bytes::from(ended.stdout), Bytes::from(ended.stderr));
+    let over = Over {
+        output: vec![(0, stdout.clone()), (1, stderr.clone())],
+        lost_bytes: ended.lost_bytes,
+        exit_code: ended.exit_code,
+        detail: ended.timed_out.then(|| "timed out".to_owned()),
+    };
+    let hint = match site.call.sessions.keep(site.binding, request, over).await {
+        Ok(kept) => {
+            let hint = format!("read_output with session_id {} shows all", kept.id);
+            output.session_id = Some(kept.id.to_string());
+            hint
+        }
+        Err(error) => format!("it could not be kept: {error}"),
+    };
+    // What one stream leaves of the room is the other's.
+    let half = bytes_max / 2;
+    let of_stderr = stderr.len().min(bytes_max - stdout.len().min(half));
+    let ends = |bytes: &[u8], name: &str, bytes_max: usize| {
+        let text = String::from_utf8_lossy(bytes);
+        let (head, tail) = head_and_tail(&text, bytes_max);
+        match text.len() - head.len() - tail.len() {
+            0 => text.into_owned(),
+            left_out => format!("{head}\n[{left_out} bytes of {name} left out here; {hint}]\n{tail}"),
+        }
+    };
+    let (stdout, stderr) = (ends(&stdout, "stdout", bytes_max - of_stderr), ends(&stderr, "stderr", of_stderr));
+    result(stdout, stderr, output)
+}
+
+fn result(stdout: String, stderr: String, output: Output) -> ToolResult {
+    let exit_code = output.exit_code;
     let mut text = String::with_capacity(stdout.len() + stderr.len() + 64);
     text.push_str(&stdout);
     if !stderr.is_empty() {
@@ -108,27 +184,16 @@ fn result(ended: Ended, duration: Duration) -> ToolResult {
         }
         text.push_str(&stderr);
     }
-    if lost_bytes > 0 {
-        text.push_str(&format!("\n[{lost_bytes} bytes of output past the bound of one answer]"));
+    if let Some(lost) = output.lost_bytes {
+        text.push_str(&format!("\n[{lost} bytes of output past the bound of one answer]"));
     }
-    if lost_chunks > 0 {
-        text.push_str(&format!("\n[{lost_chunks} chunks of output lost while the executor was away]"));
+    if let Some(lost) = output.lost_chunks {
+        text.push_str(&format!("\n[{lost} chunks of output lost while the executor was away]"));
     }
     match exit_code {
         Some(code) => text.push_str(&format!("\n[exit_code={code}]")),
         None => text.push_str("\n[exec timed out without exit signal]"),
     }
-    let output = Output {
-        stdout: String::new(),
-        stderr: String::new(),
-        exit_code,
-        timed_out,
-        duration_ms: u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
-        stdout_b64,
-        stderr_b64,
-        lost_bytes: (lost_bytes > 0).then_some(lost_bytes),
-        lost_chunks: (lost_chunks > 0).then_some(lost_chunks),
-    };
     let mut structured = serde_json::to_value(output).expect("plain data");
     // Moved in, not serialised like the rest: they may have many megabytes.
     structured["stdout"] = stdout.into();

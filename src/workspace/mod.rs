@@ -65,6 +65,9 @@ pub enum ReachError {
     /// The workspace has no environment of that name.
     #[error("no environment named \"{0}\"")]
     NoEnvironment(String),
+    /// The caller named none, and there is no only and no default one.
+    #[error("{}", several(.0))]
+    WhichEnvironment(Vec<String>),
     /// The executor has no link.
     #[error("the executor of environment \"{0}\" is not connected")]
     NotConnected(String),
@@ -91,6 +94,13 @@ pub enum ReachError {
     /// The store does not answer.
     #[error("the environments of the workspace cannot be read")]
     Store(#[source] Arc<StoreError>),
+}
+
+fn several(names: &[String]) -> String {
+    match names {
+        [] => "the workspace has no environment".into(),
+        names => format!("environment_id: the workspace has several environments: {}", names.join(", ")),
+    }
 }
 
 /// A list of environments as it was last answered, and what it was made from.
@@ -192,6 +202,21 @@ impl Workspace {
         let bindings = self.environments().await?;
         let binding = bindings.iter().find(|binding| binding.name().as_str() == name);
         binding.cloned().ok_or_else(|| ReachError::NoEnvironment(name.to_owned()))
+    }
+
+    /// The environment of a call that names none: the only one, else the default.
+    ///
+    /// # Errors
+    /// [`ReachError::WhichEnvironment`] with the names there are, [`ReachError::Store`].
+    pub async fn default_environment(&self) -> Result<Binding, ReachError> {
+        let bindings = self.environments().await?;
+        let only = if let [only] = &**bindings { Some(only) } else { None };
+        let found = only.or_else(|| bindings.iter().find(|binding| binding.is_default()));
+        found.cloned().ok_or_else(|| {
+            let mut names: Vec<_> = bindings.iter().map(|binding| binding.name().to_string()).collect();
+            names.sort();
+            ReachError::WhichEnvironment(names)
+        })
     }
 
     /// The right under which this workspace's own clients open streams: a cap-token that the gateway mints for it and

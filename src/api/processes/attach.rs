@@ -25,7 +25,7 @@ use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
 use tokio_util::task::TaskTracker;
 
 use super::live::{Cut, Follow, Live, Step};
-use super::{Chunk, OutputQuery, StdinBody, TerminateBody, exit, lost, object};
+use super::{OutputQuery, StdinBody, TerminateBody, object};
 use crate::api::audited::in_session;
 use crate::api::error::ApiError;
 use crate::api::{Api, credential};
@@ -34,6 +34,7 @@ use crate::auth::AuthError;
 use crate::edge::body::Body;
 use crate::edge::upgrade::{self, SocketLimits};
 use crate::journal::Page;
+use crate::session::view::{Chunk, lost};
 use crate::session::{Session, StdinError, WriteOrder};
 
 /// Largest message of a caller, in bytes.
@@ -84,7 +85,7 @@ pub async fn attach(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Res
     let limits =
         SocketLimits { read_buffer_bytes: api.config.link.read_buffer_bytes, message_bytes_max: MESSAGE_BYTES_MAX };
     let (response, socket) = upgrade::accept(request, credential.protocol, limits);
-    let follow = Follow::new(live.session.clone(), query.since, query.tag);
+    let follow = Follow::new(live.session.clone(), query.wish.since, query.wish.tag);
     let attached = api.clone();
     api.sockets.spawn(async move {
         if let Some(socket) = socket.await {
@@ -321,7 +322,7 @@ impl Attached {
                     }
                 },
                 () = settled, if over.is_some() => {
-                    let exit = typed("exit", exit(&self.session));
+                    let exit = typed("exit", self.session.exit());
                     (vec![text(&exit)], Some(End::Farewell(CloseCode::Normal, "the process is over")))
                 }
             };

@@ -18,12 +18,13 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use super::live::{Cut, Follow, Live, Step};
-use super::{Chunk, OutputQuery, bad_request, exit, lost};
+use super::{OutputQuery, bad_request};
 use crate::api::error::ApiError;
 use crate::api::{Api, credential, write_json};
 use crate::edge::body::Body;
 use crate::edge::listener::Ending;
 use crate::journal::Page;
+use crate::session::view::{Chunk, lost};
 use crate::session::{Place, Session};
 
 /// Silence after which a comment is sent, so that proxies keep the connection and a caller that left is noticed.
@@ -45,18 +46,18 @@ pub(super) fn wanted(headers: &HeaderMap) -> bool {
 pub(super) async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let live = Live::admit(api, id, &credential::of_request(&request)?).await?;
     let query = OutputQuery::parse(api, request.uri().query().unwrap_or_default())?;
-    if query.offset.is_some() || query.head_tail.is_some() {
+    if query.wish.offset.is_some() || query.head_tail.is_some() {
         return Err(bad_request("events go by number: neither offset nor view"));
     }
     // A client that comes back by itself repeats the address of its first request, and this header overrules it.
     let since = match request.headers().get("last-event-id") {
-        None => query.since,
+        None => query.wish.since,
         Some(id) => {
             let number = id.to_str().ok().and_then(|id| id.parse().ok());
             number.ok_or_else(|| bad_request("Last-Event-ID: expected a number given as id before"))?
         }
     };
-    let follow = Follow::new(live.session.clone(), since, query.tag);
+    let follow = Follow::new(live.session.clone(), since, query.wish.tag);
     let cut = live.cut.shared();
     let ending = Ending::when(cut.clone().map(drop));
     let events = Events { session: live.session, cut, follow, _place: live.place };
@@ -95,7 +96,7 @@ impl Events {
                 (b": keep-alive\n\n".to_vec(), Some(self))
             }
             Ok(Ok(Step::Page(page))) => (page_events(&page), Some(self)),
-            Ok(Ok(Step::Exit)) => (event(Vec::new(), "exit", None, &exit(&self.session)), None),
+            Ok(Ok(Step::Exit)) => (event(Vec::new(), "exit", None, &self.session.exit()), None),
             Ok(Err(error)) => (event(Vec::new(), "failed", None, &told(&error)), None),
         }
     }

@@ -10,11 +10,11 @@ use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
-use super::read;
 use crate::api::Api;
 use crate::api::error::ApiError;
 use crate::auth::{AuthError, Principal};
 use crate::journal::Page;
+use crate::session::view::read;
 use crate::session::{Place, Session, Status};
 
 /// Output read at once for a live stream, in bytes: enough to make reading cheap, little enough to hold for each of

@@ -1,0 +1,161 @@
+//! Calls: one tool call, by whichever door it came: who may make it, its place, its end when the right to it ends, its
+//! outcome in the metrics.
+
+use std::sync::Arc;
+
+use hyper::HeaderMap;
+use serde_json::Value;
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use zeroize::Zeroizing;
+
+use super::Api;
+use super::audited;
+use super::error::ApiError;
+use crate::audit::Act;
+use crate::auth::{Principal, Revocations, bearer};
+use crate::ops::metrics::CallLabels;
+use crate::protocol::rest::{Ran, ToolResult};
+use crate::timing::Timing;
+use crate::tools::{Call, Effect, Progress, Tool};
+use crate::workspace::Workspace;
+
+/// A caller that is known, and its place among the calls of its workspace.
+pub(super) struct Admitted {
+    principal: Principal,
+    workspace: Arc<Workspace>,
+    /// The call as it is recorded, so far.
+    act: Act,
+    timing: Timing,
+    bearer: Zeroizing<String>,
+    revocations: Revocations,
+    place: Option<OwnedSemaphorePermit>,
+}
+
+/// What a caller wants done.
+pub(super) struct Order {
+    /// The tool, as [`Admitted::tool`] gave it.
+    pub(super) tool: &'static Tool,
+    /// Where, as the caller named it.
+    pub(super) environment: Option<String>,
+    /// The caller's `Idempotency-Key`.
+    pub(super) key: Option<String>,
+    /// Arguments of the tool.
+    pub(super) arguments: Value,
+    /// Bytes of text that the caller takes in one answer; `None` takes all.
+    pub(super) text_bytes_max: Option<usize>,
+    /// Told how far the call has come.
+    pub(super) progress: Option<watch::Sender<Progress>>,
+}
+
+impl Admitted {
+    /// Checks the caller's credential and takes a place: before the body is read, so that what waits is bounded.
+    ///
+    /// # Errors
+    /// [`ApiError`] of the gateway that drains, of the credential, or 429 `too_many_calls`.
+    pub(super) async fn admit(api: &Api, headers: &HeaderMap, timing: Timing) -> Result<Self, ApiError> {
+        let mut known = Self::known(api, headers, timing).await?;
+        known.take_place()?;
+        Ok(known)
+    }
+
+    /// Checks the caller's credential.
+    ///
+    /// # Errors
+    /// [`ApiError`] of the gateway that drains, or of the credential.
+    pub(super) async fn known(api: &Api, headers: &HeaderMap, timing: Timing) -> Result<Self, ApiError> {
+        api.refuse_while_draining()?;
+        let revocations = api.corridor.auth.revocations();
+        let bearer = Zeroizing::new(bearer(headers)?.to_owned());
+        let principal = timing.auth(api.corridor.auth.principal(&bearer)).await?;
+        let workspace = api.workspaces.get(&principal);
+        let act = audited::act("tool.call", &principal, headers);
+        Ok(Self { principal, workspace, act, timing, bearer, revocations, place: None })
+    }
+
+    /// Takes a place among the calls of the workspace.
+    ///
+    /// # Errors
+    /// 429 `too_many_calls`.
+    pub(super) fn take_place(&mut self) -> Result<(), ApiError> {
+        self.place = Some(self.workspace.begin_call()?);
+        Ok(())
+    }
+
+    /// Who calls.
+    pub(super) fn principal(&self) -> &Principal {
+        &self.principal
+    }
+
+    /// The tools that the caller may call.
+    pub(super) fn tools(&self) -> impl Iterator<Item = &'static Tool> {
+        let read_only = self.principal.scopes().read_only;
+        self.workspace.tools().iter().copied().filter(move |tool| may_call(read_only, tool))
+    }
+
+    /// The tool of that name.
+    ///
+    /// # Errors
+    /// 400 `unknown_tool`; 403 `forbidden` where the caller may only read and the tool does more.
+    pub(super) fn tool(&self, name: &str) -> Result<&'static Tool, ApiError> {
+        let tool = self.workspace.tools().iter().copied().find(|tool| tool.name() == name);
+        let tool = tool.ok_or_else(|| ApiError::new(400, "unknown_tool", format!("no such tool: {name}")))?;
+        if may_call(self.principal.scopes().read_only, tool) {
+            return Ok(tool);
+        }
+        Err(ApiError::new(403, "forbidden", format!("the token may only read, and {name} does more")))
+    }
+
+    /// Runs the call to its end, or to that of the caller's right. Dropping the future ends what it started on the
+    /// executor.
+    ///
+    /// # Errors
+    /// [`ApiError`] where there is no result of the tool.
+    pub(super) async fn run(self, api: Arc<Api>, order: Order) -> Result<ToolResult, ApiError> {
+        let Self { principal: _, workspace, act, timing, bearer, revocations, place } = self;
+        let Order { tool, environment, key, arguments, text_bytes_max, progress } = order;
+        let begun = audited::tool_call(&api, act, &workspace, tool, environment.as_deref(), &arguments).await;
+        let (entry, bytes_in) = begun?;
+        let call = Call {
+            workspace,
+            settings: api.tools.clone(),
+            started: tokio::time::Instant::now(),
+            sessions: api.sessions.clone(),
+            key,
+            draining: api.draining.clone(),
+            progress,
+            text_bytes_max,
+            timing,
+        };
+        let result = tokio::select! {
+            result = tool.call(&call, environment.as_deref(), arguments) => result.map_err(ApiError::from),
+            refused = revocations.end_of(&bearer) => Err(ApiError::from(refused).with_ran(Ran::Unknown)),
+        };
+        drop(place);
+        if let Some(entry) = entry {
+            entry.end(audited::outcome(&result, bytes_in));
+        }
+        let outcome = match &result {
+            Ok(result) if result.is_error => "failed",
+            Ok(_) => "ok",
+            Err(error) => error.code(),
+        };
+        api.metrics.calls.get_or_create(&CallLabels { tool: tool.name(), outcome }).inc();
+        result
+    }
+}
+
+fn may_call(read_only: bool, tool: &Tool) -> bool {
+    !read_only || tool.effect() == Effect::Reads
+}
+
+/// An error as the result of a tool, where the status is sent already or the door has no other way to tell it.
+pub(super) fn failure(error: &ApiError) -> ToolResult {
+    let mut structured = serde_json::json!({ "code": error.code() });
+    if let Some(ran) = error.ran() {
+        structured["ran"] = serde_json::json!(ran);
+    }
+    if let Some(secs) = error.retry_after_secs() {
+        structured["retry_after_secs"] = secs.into();
+    }
+    ToolResult { structured_content: Some(structured), ..ToolResult::error(error.message()) }
+}

@@ -3,6 +3,8 @@
 
 #[path = "exec-gateway/args.rs"]
 mod args;
+#[path = "exec-gateway/audit.rs"]
+mod audit;
 #[path = "exec-gateway/codex.rs"]
 mod codex;
 #[path = "exec-gateway/demo.rs"]
@@ -55,6 +57,13 @@ fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
         Command::Executor(command) => operate(common, command.into())?,
         Command::CapToken(command) => operate(common, command.into())?,
         Command::Revoke(command) => operate(common, command.into())?,
+        Command::Audit(args::Audit { verify: true, .. }) => {
+            return audit::check(&valid(common, &Knobs::default())?, common.json);
+        }
+        Command::Audit(args::Audit { workspace, since, follow, .. }) => {
+            let wanted = audit::Wanted { workspace, since, follow };
+            audit::records(&valid(common, &Knobs::default())?, &wanted, common.json)?;
+        }
         Command::Key(command) => operate(common, command.into())?,
     }
     Ok(ExitCode::SUCCESS)

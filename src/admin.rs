@@ -13,10 +13,12 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use exec_gateway_protocol::cap_token::{self, CapClaims};
 use exec_gateway_protocol::ids::{EnvironmentName, ExecutorId, TokenId, TurnId, UserId, WorkspaceId};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use crate::config::Secret;
+use crate::audit::{Act, Audit, Outcome};
+use crate::config::{self, Secret};
 use crate::store::{Binding, Executor, KeyPurpose, Keyring, Revocation, RevocationScope, Store, StoreError, Token};
 use crate::time::rfc3339;
 
@@ -153,6 +155,72 @@ pub enum Request {
         /// What the key signs.
         purpose: KeyPurpose,
     },
+}
+
+impl Request {
+    /// What is recorded of it; `None` for what only looks.
+    fn act(&self, role: &str) -> Option<Act> {
+        let of = |action| Act::new(action).by_the(role);
+        Some(match self {
+            Self::TokenList | Self::ExecutorList { .. } | Self::KeyList => return None,
+            Self::TokenCreate { workspace, user, ttl, read_only } => {
+                let what = json!({ "ttl_secs": ttl.map(|ttl| ttl.as_secs()), "read_only": read_only });
+                for_user(of("token.create").of_workspace(workspace), user.as_ref()).about(what)
+            }
+            Self::TokenRevoke { id } => of("token.revoke").about(json!({ "token": id })).always(),
+            Self::ExecutorCreate { workspace, name, default } => {
+                let act = of("executor.create").of_workspace(workspace).at(name.as_str());
+                act.about(json!({ "default": default }))
+            }
+            Self::ExecutorRegister { user } => of("executor.create").of_user(user),
+            Self::ExecutorBind { executor, workspace, name, default } => {
+                let act = of("executor.bind").of_workspace(workspace).on(executor).at(name.as_str());
+                act.about(json!({ "default": default }))
+            }
+            Self::ExecutorDescribe { executor, workspace, .. } => {
+                of("executor.describe").of_workspace(workspace).on(executor)
+            }
+            Self::ExecutorUnbind { executor, workspace } => {
+                of("executor.unbind").of_workspace(workspace).on(executor).always()
+            }
+            Self::ExecutorRename { executor, workspace, name } => {
+                of("executor.rename").of_workspace(workspace).on(executor).at(name.as_str())
+            }
+            Self::ExecutorDelete { executor } => of("executor.delete").on(executor).always(),
+            Self::CapToken { workspace, turn, user, ttl } => {
+                let what = json!({ "turn": turn, "ttl_secs": ttl.as_secs() });
+                for_user(of("cap_token.mint").of_workspace(workspace), user.as_ref()).about(what)
+            }
+            Self::RevokeTurn { turn } | Self::RevokeTurnUntil { turn, .. } => {
+                of("cap_token.revoke").about(json!({ "turn": turn })).always()
+            }
+            Self::RevokeWorkspace { workspace } => of("cap_token.revoke").of_workspace(workspace).always(),
+            // It takes away what the key before the last one signed.
+            Self::KeyRotate { purpose } => of("key.rotate").about(json!({ "purpose": purpose })).always(),
+        })
+    }
+}
+
+fn for_user(act: Act, user: Option<&UserId>) -> Act {
+    match user {
+        Some(user) => act.of_user(user),
+        None => act,
+    }
+}
+
+/// What is recorded of an answer: names of what was made, never the secret.
+fn outcome(result: &Result<Response, AdminError>) -> Outcome {
+    match result {
+        Ok(Response::Token { id, .. }) => Outcome::new("ok").with("token", id.as_str()),
+        Ok(Response::ExecutorCreated { exe_id, .. } | Response::ExecutorRegistered { exe_id }) => {
+            Outcome::new("ok").with("executor", exe_id.as_str())
+        }
+        Ok(_) => Outcome::new("ok"),
+        Err(AdminError::Refused(_)) => Outcome::new("refused"),
+        Err(AdminError::Conflict(_)) => Outcome::new("conflict"),
+        Err(AdminError::NotFound(_)) => Outcome::new("not_found"),
+        Err(AdminError::Unavailable(_) | AdminError::Damaged(_)) => Outcome::new("failed"),
+    }
 }
 
 /// What a command answers. Times are RFC 3339 in UTC.
@@ -357,19 +425,22 @@ pub struct AdminSettings {
     pub listen: SocketAddr,
     /// Revocations kept; a further one is refused.
     pub revocations_max: usize,
+    /// What is recorded where no daemon runs that records.
+    pub audit: config::Audit,
 }
 
 /// Runs operator commands on a store.
 pub struct Admin {
     store: Store,
     settings: AdminSettings,
+    audit: Audit,
     observer: Box<dyn Fn(&Change) + Send + Sync>,
 }
 
 impl Admin {
-    /// Commands on that store, with nobody to tell of changes.
-    pub fn new(store: Store, settings: AdminSettings) -> Self {
-        Self { store, settings, observer: Box::new(|_| {}) }
+    /// Commands on that store, recorded in that audit, with nobody to tell of changes.
+    pub fn new(store: Store, settings: AdminSettings, audit: Audit) -> Self {
+        Self { store, settings, audit, observer: Box::new(|_| {}) }
     }
 
     /// Has the observer called after each change is stored and before it is answered. It must not block.
@@ -378,15 +449,36 @@ impl Admin {
         Self { observer: Box::new(observer), ..self }
     }
 
-    /// Runs one command. Once begun, it is completed and its change told even if the future is dropped.
+    /// Runs one command of an operator. Once begun, it is completed and its change told even if the future is dropped.
     ///
     /// # Errors
     /// All of [`AdminError`]; nothing was changed then.
     pub async fn run(self: &Arc<Self>, request: Request) -> Result<Response, AdminError> {
+        self.run_for("operator", request).await
+    }
+
+    /// The same for somebody in another role, which is recorded.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub async fn run_for(self: &Arc<Self>, role: &'static str, request: Request) -> Result<Response, AdminError> {
         let admin = Arc::clone(self);
         // A task of its own: a caller that leaves between storing and telling would leave revoked streams alive.
-        let task = tokio::spawn(async move { admin.perform(request).await });
+        let task = tokio::spawn(async move { admin.record(role, request).await });
         task.await.unwrap_or_else(|error| Err(AdminError::unavailable("the command failed inside the gateway", error)))
+    }
+
+    /// Performs it between the records of its beginning and its end.
+    async fn record(&self, role: &str, mut request: Request) -> Result<Response, AdminError> {
+        if let Request::CapToken { turn: turn @ None, .. } = &mut request {
+            // Before it is recorded, since the turn is what the token is revoked by.
+            *turn = Some(TurnId::new(&format!("cli_{}", random_name()?)).expect("16 letters, digits and a line"));
+        }
+        let Some(act) = request.act(role) else { return self.perform(request).await };
+        let entry = self.audit.begin(act).await.map_err(|error| AdminError::Unavailable(error.to_string()))?;
+        let result = self.perform(request).await;
+        entry.end(outcome(&result));
+        result
     }
 
     async fn perform(&self, request: Request) -> Result<Response, AdminError> {
@@ -434,7 +526,10 @@ impl Admin {
                 self.store.delete_executor(&executor).await?;
                 Ok(self.done(Change::ExecutorDeleted(executor)))
             }
-            Request::CapToken { workspace, turn, user, ttl } => self.mint_cap_token(workspace, turn, user, ttl).await,
+            Request::CapToken { workspace, turn, user, ttl } => {
+                let turn = turn.expect("it was given one before it was recorded");
+                self.mint_cap_token(workspace, turn, user, ttl).await
+            }
             Request::RevokeTurn { turn } => self.revoke(RevocationScope::Turn(turn), REVOCATION_LIFE).await,
             Request::RevokeTurnUntil { turn, exp } => {
                 let left = Duration::from_secs(exp.saturating_sub(unix_secs(SystemTime::now())));
@@ -523,17 +618,13 @@ impl Admin {
     async fn mint_cap_token(
         &self,
         workspace: WorkspaceId,
-        turn: Option<TurnId>,
+        turn: TurnId,
         user: Option<UserId>,
         ttl: Duration,
     ) -> Result<Response, AdminError> {
         if ttl.as_secs() == 0 || ttl > CAP_TOKEN_TTL_MAX {
             return Err(AdminError::Refused("a cap-token lives at least 1 second and at most 365 days".into()));
         }
-        let turn = match turn {
-            Some(turn) => turn,
-            None => TurnId::new(&format!("cli_{}", random_name()?)).expect("16 letters, digits and a line"),
-        };
         let key = self.store.keyring(KeyPurpose::CapToken).await?.current;
         let now = unix_secs(SystemTime::now());
         let scope = RevocationScope::Workspace(workspace.clone());

@@ -311,6 +311,30 @@ config! {
         retention_secs: u64 = 80 => 1..=86_400,
     }
 
+    /// The record of who did what.
+    audit: Audit {
+        /// Whether what callers, harnesses, executors and operators do is recorded: true or false.
+        enabled: bool = true,
+        /// What becomes of new calls while the disk takes no more records: refuse answers them with 503, go_on carries them out and records later how many records are missing.
+        when_full: WhenFull = WhenFull::Refuse,
+        /// Whether contents are recorded too: whole arguments with file contents, patches and values of variables, and what is written to stdin.
+        contents: bool = false,
+        /// Size of a command or path as it is recorded, in bytes; of a longer one the beginning, its size and its SHA-256.
+        detail_bytes_max: usize = 4096 => 256..=65_536,
+        /// The same for contents, in bytes.
+        content_bytes_max: usize = 64 * 1024 => 256..=16 * 1024 * 1024,
+        /// Size at which a new file is begun, in bytes; one is also begun every day.
+        file_bytes_max: u64 = 16 * 1024 * 1024 => 65_536..=1024 * 1024 * 1024,
+        /// Size of all files together, in bytes; past it the oldest go. At least twice `file_bytes_max`.
+        bytes_max: u64 = 4 * 1024 * 1024 * 1024 => 131_072..=1024 * 1024 * 1024 * 1024,
+        /// How long records are kept, in days; files go as a whole.
+        retention_days: u64 = 90 => 1..=36_525,
+        /// Records waiting to be written; further calls wait. As many ends of calls are held back while the disk takes no more.
+        queue_max: usize = 1024 => 1..=1_000_000,
+        /// What is under way and remembered, so that after a kill its end is recorded as unknown.
+        open_max: usize = 65_536 => 1..=1_000_000,
+    }
+
     /// MCP clients.
     mcp: Mcp {
         /// Text of one answer, in bytes: what is longer is cut in the middle, since models read it.
@@ -491,6 +515,9 @@ impl Config {
         if self.transfer.ticket_ttl_secs > self.transfer.ticket_ttl_max_secs {
             wrong("transfer.ticket_ttl_secs", "must be at most transfer.ticket_ttl_max_secs");
         }
+        if self.audit.bytes_max / 2 < self.audit.file_bytes_max {
+            wrong("audit.bytes_max", "must be at least twice audit.file_bytes_max, since files go as a whole");
+        }
         // Each is within its range already; saturating keeps absurd ones from wrapping round.
         if self.drain.announce_secs.saturating_add(self.drain.grace_secs) > 50 {
             wrong(
@@ -622,6 +649,15 @@ pub enum LogFormat {
     Json,
 }
 
+/// What becomes of calls that cannot be recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenFull {
+    /// They are refused.
+    Refuse,
+    /// They are carried out, and how many records are missing is recorded as soon as that is possible.
+    GoOn,
+}
+
 /// A configured secret: never shown, wiped when dropped.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(zeroize::Zeroizing<String>);
@@ -683,6 +719,7 @@ mod tests {
         assert_eq!(places(|config| config.link.message_bytes_max = 8192), ["link.message_bytes_max"]);
         assert_eq!(places(|config| config.tools.timeout_secs = 3601), ["tools.timeout_secs"]);
         assert_eq!(places(|config| config.drain.announce_secs = 26), ["drain.grace_secs"]);
+        assert_eq!(places(|config| config.audit.bytes_max = 20 * 1024 * 1024), ["audit.bytes_max"]);
         assert_eq!(places(|config| config.tools.env_exclude = vec!["A*B".into()]), ["tools.env_exclude"]);
     }
 

@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admin::{Admin, AdminSettings, Change, bind_admin, serve_admin};
 use crate::api::Api;
+use crate::audit::{self, Audit};
 use crate::auth::{Auth, AuthStartError};
 use crate::config::{Config, NoStateDir};
 use crate::edge::listener::Listener;
@@ -83,6 +84,14 @@ pub enum StartError {
     /// No keys for encrypted streams.
     #[error(transparent)]
     Noise(#[from] NoiseError),
+    /// The audit log cannot be taken up.
+    #[error("the audit log in {} cannot be used", .path.display())]
+    Audit {
+        /// Its directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// Certificates cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -124,6 +133,8 @@ impl Drop for Gateway {
         self.api.sessions.stop.cancel();
         self.api.corridor.stop.cancel();
         self.api.corridor.registry.close_all(CloseReason::Draining);
+        // Before the state directory is given up, so that nobody else writes where this one still does.
+        self.api.audit.close();
     }
 }
 
@@ -146,6 +157,9 @@ impl Gateway {
         let of_store = |source| StartError::Store { path: state_dir.clone(), source };
         let lock = lock(&state_dir).await.map_err(of_store)?;
         let store = Store::open(&state_dir).map_err(of_store)?;
+        let audit_dir = state_dir.join(audit::DIRECTORY);
+        let audit = Audit::open(&audit_dir, config.audit.clone());
+        let audit = audit.map_err(|source| StartError::Audit { path: audit_dir, source })?;
         let auth = Auth::new(store.clone(), &config.auth).await?;
         let registry = Arc::new(Registry::default());
         remember_executors(&store, &registry, config.link.executor_seen_secs).await.map_err(of_store)?;
@@ -173,7 +187,7 @@ impl Gateway {
             workspaces.clone(),
         );
         let sessions = sessions.await.map_err(of_store)?;
-        let api = Arc::new(Api::new(config.clone(), corridor, workspaces, sessions, metrics.clone()));
+        let api = Arc::new(Api::new(config.clone(), corridor, workspaces, sessions, metrics.clone(), audit.clone()));
 
         let sockets: Vec<TcpListener> = match held {
             Some(held) => vec![adopt(held)?],
@@ -186,10 +200,12 @@ impl Gateway {
             public_url: config.public_url.clone(),
             listen: listen.first().copied().unwrap_or(config.ops_listen),
             revocations_max: config.auth.revocations_max,
+            audit: config.audit.clone(),
         };
         let observed = api.clone();
-        let admin =
-            Arc::new(Admin::new(store.clone(), admin_settings).observed_by(move |change| apply(&observed, change)));
+        let admin = Arc::new(
+            Admin::new(store.clone(), admin_settings, audit).observed_by(move |change| apply(&observed, change)),
+        );
         let _ = api.operators.set(Arc::downgrade(&admin));
         let admin_socket = bind_admin(&state_dir, &lock).map_err(|source| StartError::Listen {
             address: crate::admin::socket_in(&state_dir).display().to_string(),
@@ -314,6 +330,8 @@ impl Gateway {
             tracing::debug!(connections = self.connections.len(), "connections are cut");
         }
         self.background.cancel();
+        let audit = self.api.audit.clone();
+        let _ = tokio::task::spawn_blocking(move || audit.close()).await;
         if self.api.corridor.store.health().await.is_err() {
             tracing::error!("the store did not confirm its last writes");
         }
@@ -477,12 +495,16 @@ fn troubles(api: &Api) -> Vec<&'static str> {
     if api.corridor.auth.proxy_tokens().is_upstream_down() {
         troubles.push("the validator upstream does not answer, and what was known of tokens is too old");
     }
+    if api.audit.refuses() {
+        troubles.push("the audit log cannot be written, so calls are refused");
+    }
     troubles
 }
 
 /// What there is at this moment, for operators who look into a running gateway.
 fn overview(api: &Api) -> serde_json::Value {
     let (known, refused) = api.corridor.auth.proxy_tokens().remembered();
+    let audit = api.audit.counts();
     let links = api.corridor.registry.overview(OVERVIEW_ENTRIES_MAX).into_iter().map(|link| {
         json!({
             "executor": link.executor,
@@ -506,6 +528,7 @@ fn overview(api: &Api) -> serde_json::Value {
         "workspaces": { "count": api.workspaces.len(), "some": workspaces.collect::<Vec<_>>() },
         "sessions": { "count": api.sessions.len() },
         "sockets": { "executors": api.links.len(), "callers": api.sockets.len() },
+        "audit": { "records": audit.records, "bytes": audit.bytes, "missing": audit.missing, "failing": audit.failing },
         "tokens": { "known": known, "refused": refused },
         "tasks": tokio::runtime::Handle::current().metrics().num_alive_tasks(),
     })
@@ -514,6 +537,7 @@ fn overview(api: &Api) -> serde_json::Value {
 fn readings(api: &Arc<Api>) -> Readings {
     Arc::new(asking(api, |api| {
         let tokens = api.corridor.auth.counters().snapshot();
+        let audit = api.audit.counts();
         let counter = |name, help, value| Reading { name, help, value: Value::Counter(value) };
         let gauge = |name, help, value: usize| Reading { name, help, value: Value::Gauge(value as u64) };
         vec![
@@ -527,6 +551,11 @@ fn readings(api: &Arc<Api>) -> Readings {
             counter("token_negative_hits", "Refused proxy tokens answered from memory", tokens.negative_hits),
             counter("token_misses", "Proxy tokens that had to be looked up", tokens.misses),
             counter("token_stale", "Proxy tokens believed while the validator failed", tokens.stale),
+            counter("audit_records", "Records of the audit log that were written", audit.records),
+            counter("audit_missing", "Records of the audit log that could not be written", audit.missing),
+            counter("audit_refused", "Calls refused since they could not be recorded", audit.refused),
+            Reading { name: "audit_bytes", help: "Size of the audit log", value: Value::Gauge(audit.bytes) },
+            gauge("audit_failing", "Whether the audit log took no record when last tried", audit.failing.into()),
             counter("upstream_requests", "Questions to the validator upstream", tokens.upstream_requests),
             counter("upstream_failures", "Questions the validator upstream did not answer", tokens.upstream_failures),
         ]

@@ -4,6 +4,7 @@
 mod support;
 
 mod attach;
+mod audit;
 mod bridge_faults;
 mod cli;
 mod codex_harness;

@@ -1,13 +1,14 @@
 //! Cli: the command line as types. Knob flags come from the table of knobs; nothing is read or run here.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 use exec_gateway::admin::Request;
 use exec_gateway::config::{Config, KNOBS, Knob};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, TokenId, TurnId, UserId, WorkspaceId};
 use exec_gateway::store::KeyPurpose;
+use exec_gateway::time::parse_rfc3339;
 
 /// Bridges workspaces to remote executors over WebSockets.
 #[derive(Debug, Parser)]
@@ -73,6 +74,8 @@ pub enum Command {
     CapToken(CapToken),
     /// Revoke the cap-tokens of a turn, or all that a workspace was given so far
     Revoke(Revoke),
+    /// Print who did what, from the audit log; exits 1 when --verify finds that it was changed
+    Audit(Audit),
     /// List and rotate the gateway's own keys
     #[command(subcommand)]
     Key(Key),
@@ -216,6 +219,22 @@ pub struct Revoke {
     workspace: Option<WorkspaceId>,
 }
 
+#[derive(Debug, Args)]
+pub struct Audit {
+    /// Go on with what is recorded from now on
+    #[arg(long)]
+    pub follow: bool,
+    /// Only what this workspace did or had done
+    #[arg(long)]
+    pub workspace: Option<WorkspaceId>,
+    /// Only what was recorded since then, like 2026-03-01 or 2026-03-01T12:00:00Z
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub since: Option<SystemTime>,
+    /// Check instead that no record was changed, dropped or added, and print the hash of the newest
+    #[arg(long, conflicts_with_all = ["follow", "workspace", "since"])]
+    pub verify: bool,
+}
+
 impl From<Token> for Request {
     fn from(command: Token) -> Self {
         match command {
@@ -306,6 +325,11 @@ impl FromArgMatches for Knobs {
     }
 }
 
+/// Reads a time by RFC 3339, or a day.
+fn time(text: &str) -> Result<SystemTime, String> {
+    parse_rfc3339(text).ok_or_else(|| format!("`{text}` is no time like 2026-03-01 or 2026-03-01T12:00:00Z"))
+}
+
 /// Reads `90d`, `1h`, `15m` or `30s`.
 fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is not a duration like 90d, 1h, 15m or 30s");
@@ -378,6 +402,7 @@ mod tests {
             "executor delete exe_1",
             "cap-token --workspace w",
             "revoke --turn t",
+            "audit --follow",
         ] {
             let words = command.split(' ').chain(["--json", "--state-dir", "d", "--config", "c"]);
             let cli = Cli::try_parse_from(std::iter::once("exec-gateway").chain(words)).unwrap();
@@ -396,6 +421,17 @@ mod tests {
         ] {
             let parsed = Cli::try_parse_from([&["exec-gateway"], arguments].concat());
             assert_eq!(parsed.is_ok(), fine, "{arguments:?}");
+        }
+    }
+
+    #[test]
+    fn a_chain_is_verified_whole_or_not_at_all() {
+        let parses = |words: &str| Cli::try_parse_from(["exec-gateway", "audit"].into_iter().chain(words.split(' ')));
+        assert!(parses("--verify --json").is_ok());
+        assert!(parses("--follow --workspace w --since 2026-03-01T12:00:00+01:00").is_ok());
+        for wrong in ["--verify --follow", "--verify --workspace w", "--verify --since 2026-03-01", "--since yesterday"]
+        {
+            assert!(parses(wrong).is_err(), "{wrong}");
         }
     }
 

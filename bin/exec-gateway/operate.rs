@@ -24,6 +24,7 @@ fn call(config: &Config, request: Request) -> anyhow::Result<Value> {
         public_url: config.public_url.clone(),
         listen: config.listen.first().copied().unwrap_or(config.ops_listen),
         revocations_max: config.auth.revocations_max,
+        audit: config.audit.clone(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")?;
     let response = runtime.block_on(execute(&config.state_dir()?, settings, request))?;

@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use zeroize::Zeroizing;
 
 use super::{Admin, AdminError, AdminSettings, Request, Response};
+use crate::audit::{self, Audit};
 use crate::store::{StateLock, Store, StoreError};
 
 /// Size of a request with its line end, in bytes.
@@ -165,8 +166,12 @@ pub async fn execute(state_dir: &Path, settings: AdminSettings, request: Request
         }
         match StateLock::acquire(state_dir) {
             Ok(_held) => {
-                let admin = Arc::new(Admin::new(Store::open(state_dir)?, settings));
-                return admin.run(request).await;
+                let audit = Audit::open(&state_dir.join(audit::DIRECTORY), settings.audit.clone())
+                    .map_err(|error| AdminError::unavailable("the audit log cannot be opened", error))?;
+                let admin = Arc::new(Admin::new(Store::open(state_dir)?, settings, audit.clone()));
+                let result = admin.run(request).await;
+                let _ = tokio::task::spawn_blocking(move || audit.close()).await;
+                return result;
             }
             Err(StoreError::Conflict(_)) if Instant::now() < deadline => sleep(LOCK_RETRY).await,
             Err(StoreError::Conflict(text)) => {

@@ -24,7 +24,12 @@ fn named(text: &str) -> EnvironmentName {
 }
 
 fn settings() -> AdminSettings {
-    AdminSettings { public_url: None, listen: "0.0.0.0:6060".parse().unwrap(), revocations_max: 100 }
+    AdminSettings {
+        public_url: None,
+        listen: "0.0.0.0:6060".parse().unwrap(),
+        revocations_max: 100,
+        audit: config::Audit::default(),
+    }
 }
 
 fn create_token() -> Request {
@@ -51,7 +56,7 @@ fn admin() -> (ScratchDir, Arc<Admin>, Arc<Mutex<Vec<Change>>>) {
     let dir = ScratchDir::new();
     let changes = Arc::new(Mutex::new(Vec::new()));
     let seen = changes.clone();
-    let admin = Admin::new(Store::open(dir.path()).unwrap(), settings());
+    let admin = Admin::new(Store::open(dir.path()).unwrap(), settings(), Audit::disabled());
     let admin = admin.observed_by(move |change| seen.lock().unwrap().push(change.clone()));
     (dir, Arc::new(admin), changes)
 }

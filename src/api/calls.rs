@@ -9,7 +9,9 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use zeroize::Zeroizing;
 
 use super::Api;
+use super::audited;
 use super::error::ApiError;
+use crate::audit::Act;
 use crate::auth::{Principal, Revocations, bearer};
 use crate::ops::metrics::CallLabels;
 use crate::protocol::rest::{Ran, ToolResult};
@@ -21,6 +23,8 @@ use crate::workspace::Workspace;
 pub(super) struct Admitted {
     principal: Principal,
     workspace: Arc<Workspace>,
+    /// The call as it is recorded, so far.
+    act: Act,
     timing: Timing,
     bearer: Zeroizing<String>,
     revocations: Revocations,
@@ -64,7 +68,8 @@ impl Admitted {
         let bearer = Zeroizing::new(bearer(headers)?.to_owned());
         let principal = timing.auth(api.corridor.auth.principal(&bearer)).await?;
         let workspace = api.workspaces.get(&principal);
-        Ok(Self { principal, workspace, timing, bearer, revocations, place: None })
+        let act = audited::act("tool.call", &principal, headers);
+        Ok(Self { principal, workspace, act, timing, bearer, revocations, place: None })
     }
 
     /// Takes a place among the calls of the workspace.
@@ -106,8 +111,10 @@ impl Admitted {
     /// # Errors
     /// [`ApiError`] where there is no result of the tool.
     pub(super) async fn run(self, api: Arc<Api>, order: Order) -> Result<ToolResult, ApiError> {
-        let Self { principal: _, workspace, timing, bearer, revocations, place } = self;
+        let Self { principal: _, workspace, act, timing, bearer, revocations, place } = self;
         let Order { tool, environment, key, arguments, text_bytes_max, progress } = order;
+        let begun = audited::tool_call(&api, act, &workspace, tool, environment.as_deref(), &arguments).await;
+        let (entry, bytes_in) = begun?;
         let call = Call {
             workspace,
             settings: api.tools.clone(),
@@ -124,6 +131,9 @@ impl Admitted {
             refused = revocations.end_of(&bearer) => Err(ApiError::from(refused).with_ran(Ran::Unknown)),
         };
         drop(place);
+        if let Some(entry) = entry {
+            entry.end(audited::outcome(&result, bytes_in));
+        }
         let outcome = match &result {
             Ok(result) if result.is_error => "failed",
             Ok(_) => "ok",

@@ -158,7 +158,7 @@ pub(super) async fn read<T: DeserializeOwned>(api: &Api, request: Request<Incomi
 async fn operate(api: &Api, request: admin::Request) -> Result<admin::Response, AdminError> {
     let operators = api.operators.get().and_then(|admin| admin.upgrade());
     let operators = operators.ok_or_else(|| AdminError::Unavailable("the gateway has ended".into()))?;
-    operators.run(request).await
+    operators.run_for("service", request).await
 }
 
 fn gone(result: Result<admin::Response, AdminError>) -> Result<(), AdminError> {

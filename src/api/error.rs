@@ -6,6 +6,7 @@ use std::sync::Arc;
 use hyper::header::{HeaderName, HeaderValue};
 
 use crate::admin::AdminError;
+use crate::audit::AuditError;
 use crate::auth::AuthError;
 use crate::edge::body::BodyError;
 use crate::edge::upgrade::UpgradeError;
@@ -175,6 +176,14 @@ impl From<AdminError> for ApiError {
                     .retry_after(2)
                     .caused_by(&error)
             }
+        }
+    }
+}
+
+impl From<AuditError> for ApiError {
+    fn from(error: AuditError) -> Self {
+        match error {
+            AuditError::Unavailable => Self::new(503, "audit_unavailable", error.to_string()).retry_after(2),
         }
     }
 }

@@ -18,11 +18,13 @@ use tokio_tungstenite::WebSocketStream;
 use uuid::Uuid;
 
 use super::error::ApiError;
-use super::{Api, credential, harness, http_base, json, query_parameter};
+use super::{Api, asked_as, credential, harness, http_base, json, query_parameter};
+use crate::audit::{Act, Outcome};
 use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
 use crate::auth::sigv4::SignedRequest;
 use crate::config::Secret;
 use crate::edge::body::{self, Body};
+use crate::edge::peer;
 use crate::edge::tls::ClientCertified;
 use crate::edge::upgrade::{self, SocketLimits};
 use crate::ops::metrics::OutcomeLabel;
@@ -33,7 +35,7 @@ use crate::protocol::rest::{
 use crate::protocol::rpc::ExecutorSessionId;
 use crate::protocol::ticket::TicketError;
 use crate::relay::greeting::{self, Former};
-use crate::relay::link::{self, LinkEnd, LinkHandle};
+use crate::relay::link::{self, CloseReason, LinkEnd, LinkHandle};
 use crate::relay::shared::Shared;
 use crate::store::{Registration, StoreError, Transport};
 use crate::workspace::Corridor;
@@ -217,7 +219,14 @@ async fn store_registration(
         credential: credential.digest(),
         created_at: SystemTime::now(),
     };
-    store.save_registration(registration.clone(), api.config.link.registrations_max).await?;
+    let what = serde_json::json!({ "registration": registration.id, "transport": wanted.transport.name() });
+    let act =
+        Act::new("executor.register").by_the("executor").on(executor).asked_as(asked_as(shown.headers)).about(what);
+    // Never refused: it would end the executor for good.
+    let entry = api.audit.begin(act.always()).await.map_err(|error| Attempt::Final(error.into()))?;
+    let saved = store.save_registration(registration.clone(), api.config.link.registrations_max).await;
+    entry.end(Outcome::new(if saved.is_ok() { "ok" } else { "store_unavailable" }));
+    saved?;
     Ok(registration)
 }
 
@@ -471,6 +480,9 @@ async fn serve_link(
     let link = &api.corridor.link;
     let message_bytes_max = if transport.is_shared() { link.json_frame_bytes_max } else { link.frame_bytes_max };
     let limits = SocketLimits { read_buffer_bytes: link.read_buffer_bytes, message_bytes_max };
+    let what = serde_json::json!({ "registration": registration.id, "transport": transport.name() });
+    let act = Act::new("executor.link").by_the("executor").on(&executor).asked_as(asked_as(request.headers()));
+    let act = act.from(peer::client(request.headers(), request.extensions().get())).about(what).always();
     let (response, socket) = upgrade::accept(request, None, limits);
     // Boxed, so that it is gone once it is done: what a task captures lasts as long as the task, here as the link.
     let socket = Box::pin(socket);
@@ -484,6 +496,7 @@ async fn serve_link(
         } else {
             None
         };
+        let Ok(entry) = Box::pin(api.audit.begin(act)).await else { return };
         let place = api.corridor.registry.attach(handle.clone());
         tracing::info!(%executor, "executor connected");
         seen(&api, &executor).await;
@@ -502,6 +515,7 @@ async fn serve_link(
         // Before anything that waits: until then callers are given a link that has ended.
         drop(place);
         tracing::info!(%executor, ?end, "executor disconnected");
+        entry.end(Outcome::new(end_reason(end)));
         api.metrics.links_ended.get_or_create(&OutcomeLabel { outcome: end_label(end) }).inc();
         seen(&api, &executor).await;
     });
@@ -582,6 +596,16 @@ fn end_label(end: LinkEnd) -> &'static str {
         LinkEnd::Failed => "failed",
         LinkEnd::Stalled => "stalled",
         LinkEnd::Closed(_) => "closed",
+    }
+}
+
+/// As [`end_label`], and why we closed it.
+fn end_reason(end: LinkEnd) -> &'static str {
+    match end {
+        LinkEnd::Closed(CloseReason::Draining) => "draining",
+        LinkEnd::Closed(CloseReason::Replaced) => "replaced",
+        LinkEnd::Closed(CloseReason::Deleted) => "deleted",
+        end => end_label(end),
     }
 }
 

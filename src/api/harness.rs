@@ -10,11 +10,14 @@ use hyper::{Request, Response};
 use tokio::sync::mpsc;
 use zeroize::Zeroizing;
 
+use super::audited::act;
 use super::credential::SocketCredential;
 use super::error::ApiError;
 use super::{Api, credential, executor, json, query_parameter};
+use crate::audit::Outcome;
 use crate::auth::{AuthError, CredentialId, Principal, bearer};
 use crate::edge::body::{self, Body};
+use crate::edge::peer;
 use crate::edge::upgrade::{self, SocketLimits, SocketStream as HarnessStream};
 use crate::ops::metrics::OutcomeLabel;
 use crate::protocol::frame::StreamId;
@@ -22,7 +25,7 @@ use crate::protocol::harness_token::{HarnessClaims, KeyDigest};
 use crate::protocol::ids::{ExecutorId, WorkspaceId};
 use crate::protocol::rest::{ConnectRequest, ConnectResponse, HarnessKey, KeyBytes, SECURITY_PROFILE};
 use crate::relay::comeback::{Comebacks, Places};
-use crate::relay::harness::{Flavour, HarnessEnd, HarnessSocket, Names};
+use crate::relay::harness::{Flavour, HarnessEnd, HarnessSocket, Names, Passed};
 use crate::relay::link::LinkHandle;
 use crate::relay::spill::Spill;
 use crate::store::{Binding, Registration, Transport};
@@ -183,6 +186,12 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
     if !link.has_room(admitted.workspace.id()) {
         return Err(ReachError::TooManyStreams.into());
     }
+    let opened = act("harness.socket", &admitted.principal, request.headers())
+        .from(peer::client(request.headers(), request.extensions().get()))
+        .at(admitted.binding.name().as_str())
+        .on(admitted.binding.executor())
+        .about(serde_json::json!({ "encrypted": handshake.is_some() }));
+    let entry = api.audit.begin(opened).await?;
     let settings = &api.config.link;
     let limits = SocketLimits {
         read_buffer_bytes: settings.read_buffer_bytes,
@@ -208,14 +217,26 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
             Served::Back(comebacks, next_seq) => {
                 // The task that has the stream serves it from now on. Should that have ended this moment, so does this.
                 let _ = comebacks.try_send(socket.back(next_seq));
+                entry.end(Outcome::new("resumed"));
                 return;
             }
         };
         tracing::debug!(executor = %binding.executor(), workspace = %workspace.id(), ?end, "harness socket ended");
         api.metrics.harnesses_ended.get_or_create(&OutcomeLabel { outcome: end.label() }).inc();
+        entry.end(outcome(end, socket.passed()));
         socket.close(end).await;
     });
     Ok(response)
+}
+
+/// What is recorded of a socket that has ended.
+fn outcome(end: HarnessEnd, passed: Passed) -> Outcome {
+    let outcome = Outcome::new(end.label()).bytes(passed.bytes_in, passed.bytes_out);
+    let outcome = outcome.with("frames_in", passed.frames_in).with("frames_out", passed.frames_out);
+    match end.detail() {
+        Some(detail) => outcome.with("detail", detail),
+        None => outcome,
+    }
 }
 
 /// What became of a harness's socket.

@@ -1,5 +1,6 @@
 //! The doors: parse, authenticate, call the domain, answer. No rules of the domain live here.
 
+mod audited;
 mod calls;
 pub mod compat;
 mod credential;
@@ -28,6 +29,7 @@ use tokio_util::task::TaskTracker;
 
 use self::error::ApiError;
 use crate::admin::Admin;
+use crate::audit::Audit;
 use crate::config::Config;
 use crate::edge::body::{Body, BrokenOff, full};
 use crate::edge::peer;
@@ -63,6 +65,8 @@ pub struct Api {
     pub tools: Arc<crate::config::Tools>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// What callers do is recorded there before they do it.
+    pub audit: Audit,
     /// Executor sessions of plain harnesses.
     pub harnesses: AttachedSessions,
     /// Calls of MCP clients under way, by which they are cancelled.
@@ -88,6 +92,7 @@ impl Api {
         workspaces: Arc<Workspaces>,
         sessions: Arc<Sessions>,
         metrics: Arc<Metrics>,
+        audit: Audit,
     ) -> Self {
         Self {
             workspaces,
@@ -97,6 +102,7 @@ impl Api {
             config,
             corridor,
             metrics,
+            audit,
             harnesses: AttachedSessions::default(),
             mcp_calls: mcp::Calls::default(),
             comebacks: harness::StreamPlaces::default(),
@@ -111,6 +117,8 @@ impl Api {
     /// Answers one request. Never fails: whatever goes wrong becomes an answer in the envelope of its door.
     pub async fn answer(self: Arc<Self>, mut request: Request<Incoming>) -> Response<Body> {
         let request_id = request_id(request.headers());
+        // Where the doors find it.
+        request.headers_mut().insert(REQUEST_ID, request_id.clone());
         let method = request.method().clone();
         let path = request.uri().path().to_owned();
         let found = self.router.find(&method, &path);
@@ -263,6 +271,11 @@ fn render(error: &ApiError, envelope: Envelope) -> Response<Body> {
         headers.insert(name.clone(), value.clone());
     }
     response
+}
+
+/// The id of a request that [`Api::answer`] has let in.
+fn asked_as(headers: &HeaderMap) -> &str {
+    headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).unwrap_or_default()
 }
 
 /// Where the time of this request goes.

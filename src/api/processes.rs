@@ -17,9 +17,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use super::audited::{in_session, recorded};
 use super::error::ApiError;
 use super::rest::{caller, field_error};
 use super::{Api, json as json_answer, json_bytes, json_line_in, query_parameter, read_only, timing};
+use crate::audit::{Act, Outcome};
 use crate::auth::Principal;
 use crate::edge::body::{self, Body};
 use crate::session::view::{Chunk, Wish, chunks, ending, lost, read};
@@ -44,10 +46,19 @@ async fn session_of_caller(
     Ok((principal, session))
 }
 
-/// The session, for somebody who may do more than look.
-async fn changed_session(api: &Api, id: &str, request: &Request<Incoming>) -> Result<Arc<Session>, ApiError> {
+/// The session, for somebody who may do more than look, and what is done as it is recorded.
+async fn changed_session(
+    api: &Api,
+    id: &str,
+    action: &'static str,
+    request: &Request<Incoming>,
+) -> Result<(Arc<Session>, Act), ApiError> {
     let (principal, session) = session_of_caller(api, id, request).await?;
-    if principal.scopes().read_only { Err(read_only()) } else { Ok(session) }
+    if principal.scopes().read_only {
+        return Err(read_only());
+    }
+    let act = in_session(action, &principal, request.headers(), &session);
+    Ok((session, act))
 }
 
 fn bad_request(message: impl Into<String>) -> ApiError {
@@ -70,8 +81,10 @@ pub async fn show(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
 
 /// `DELETE …/processes/{sid}`: ends the process and forgets its output.
 pub async fn forget(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let session = changed_session(api, id, &request).await?;
-    timing(&request).executor(api.sessions.forget(&session)).await?;
+    let (session, act) = changed_session(api, id, "process.forget", &request).await?;
+    // Ends are never refused for want of a record.
+    let forgotten = async { Ok(timing(&request).executor(api.sessions.forget(&session)).await?) };
+    recorded(api, act.always(), forgotten, |()| Outcome::new("ok")).await?;
     Ok(json_answer(&json!({ "ok": true })))
 }
 
@@ -223,11 +236,16 @@ impl StdinBody {
 pub async fn stdin(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     api.refuse_while_draining()?;
     let timing = timing(&request);
-    let session = changed_session(api, id, &request).await?;
+    let (session, act) = changed_session(api, id, "process.stdin", &request).await?;
     let body: StdinBody = read_json(api, request).await?;
+    let act = act.about(json!({ "offset": body.offset, "eof": body.eof }));
+    let act = if api.audit.keeps_contents() { act.containing(json!({ "data_b64": body.data_b64 })) } else { act };
     let order = body.order(&session)?;
-    let wait = Duration::from_secs(api.config.session.wait_max_secs);
-    let written = timing.executor(session.write(&api.corridor.store, order, wait)).await?;
+    let (bytes, wait) = (order.bytes.len() as u64, Duration::from_secs(api.config.session.wait_max_secs));
+    let written = async { Ok(timing.executor(session.write(&api.corridor.store, order, wait)).await?) };
+    let written =
+        recorded(api, act, written, |written| Outcome::new("ok").bytes(bytes, 0).with("accepted", written.accepted));
+    let written = written.await?;
     Ok(json_answer(&json!({ "ok": true, "accepted": written.accepted, "eof": written.eof })))
 }
 
@@ -250,10 +268,15 @@ impl TerminateBody {
 /// comes soon.
 pub async fn terminate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let timing = timing(&request);
-    let session = changed_session(api, id, &request).await?;
+    let (session, act) = changed_session(api, id, "process.terminate", &request).await?;
     let body: TerminateBody = read_json(api, request).await?;
     let (signal, grace) = body.order();
-    let status = timing.executor(session.end_soon(signal, grace)).await;
+    let act = act.about(json!({ "signal": body.signal, "grace_ms": body.grace_ms })).always();
+    let ended = async { Ok(timing.executor(session.end_soon(signal, grace)).await) };
+    let status = recorded(api, act, ended, |status| {
+        Outcome::new("ok").exit_code(status.exit_code.map(i64::from)).with("state", status.state.as_str())
+    });
+    let status = status.await?;
     Ok(json_answer(&json!({ "ok": true, "state": status.state.as_str(), "exit_code": status.exit_code })))
 }
 

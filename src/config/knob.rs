@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde_json::Value;
 
-use super::{Config, LogFormat, LogLevel, Secret};
+use super::{Config, LogFormat, LogLevel, Secret, WhenFull};
 
 /// Everything there is to know about one knob except its value.
 pub struct Knob {
@@ -39,6 +39,8 @@ pub enum Kind {
     Secret,
     /// A whole number.
     Number,
+    /// True or false.
+    Switch,
     /// A list of addresses without port, or ranges of them.
     Networks,
     /// A list of texts.
@@ -112,6 +114,7 @@ impl Kind {
             Self::Url => "URL".into(),
             Self::Secret => "SECRET".into(),
             Self::Number => "N".into(),
+            Self::Switch => "true|false".into(),
             Self::Networks | Self::Texts => "LIST".into(),
             Self::Choice(words) => words.join("|").into(),
         }
@@ -121,6 +124,7 @@ impl Kind {
     pub(super) fn in_file(self) -> &'static str {
         match self {
             Self::Number => "a whole number",
+            Self::Switch => "true or false",
             Self::Addresses | Self::Networks | Self::Texts => "an array of texts in quotes",
             _ => "a text in quotes",
         }
@@ -255,6 +259,17 @@ macro_rules! numbers {
 
 numbers!(u64, usize);
 
+impl Setting for bool {
+    const KIND: Kind = Kind::Switch;
+    fn parse(items: &[String]) -> Result<Self, String> {
+        let text = only(items)?;
+        text.parse().map_err(|_| format!("`{text}` is neither true nor false"))
+    }
+    fn show(&self) -> Value {
+        (*self).into()
+    }
+}
+
 macro_rules! choices {
     ($($choice:ident { $($variant:ident = $word:literal),* })*) => { $(
         impl Setting for $choice {
@@ -275,4 +290,5 @@ macro_rules! choices {
 choices! {
     LogLevel { Error = "error", Warn = "warn", Info = "info", Debug = "debug", Trace = "trace" }
     LogFormat { Text = "text", Json = "json" }
+    WhenFull { Refuse = "refuse", GoOn = "go_on" }
 }

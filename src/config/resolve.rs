@@ -364,7 +364,10 @@ fn items_of(value: &DeValue<'_>, kind: Kind) -> Result<Vec<String>, String> {
         DeValue::Array(items) if kind.is_list() => {
             items.iter().map(|item| item.get_ref().as_str().map(String::from).ok_or_else(wrong)).collect()
         }
-        DeValue::String(text) if kind != Kind::Number && !kind.is_list() => Ok(vec![text.to_string()]),
+        DeValue::Boolean(on) if kind == Kind::Switch => Ok(vec![on.to_string()]),
+        DeValue::String(text) if !matches!(kind, Kind::Number | Kind::Switch) && !kind.is_list() => {
+            Ok(vec![text.to_string()])
+        }
         _ => Err(wrong()),
     }
 }
@@ -450,6 +453,10 @@ mod tests {
             Kind::Number => {
                 let number = knob.get(&Config::default()).as_u64().unwrap() + 1;
                 (number.to_string(), number.to_string())
+            }
+            Kind::Switch => {
+                let other = (knob.get(&Config::default()) == false).to_string();
+                (other.clone(), other)
             }
             Kind::Choice(words) => quoted(words[words.len() - 1]),
         }

@@ -7,6 +7,7 @@ use hyper::header::{HOST, HeaderName};
 use ipnet::IpNet;
 
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
 /// The other end of a request's connection; among the extensions of each request.
@@ -43,6 +44,16 @@ pub fn reached(headers: &HeaderMap, peer: Option<&Peer>) -> (bool, Option<String
     (tls, host.map(str::to_owned))
 }
 
+/// The client's address: the other end of the connection, or what a trusted proxy there says about its own.
+pub fn client(headers: &HeaderMap, peer: Option<&Peer>) -> Option<IpAddr> {
+    let peer = peer?;
+    // The proxy adds the address that it has seen itself as the last one; those before it anybody may have written.
+    let said = headers.get_all(FORWARDED_FOR).iter().next_back().filter(|_| peer.trusted);
+    let last = said.and_then(|said| said.to_str().ok()?.rsplit(',').next());
+    let seen = last.and_then(|last| last.trim().parse::<IpAddr>().ok());
+    Some(seen.unwrap_or(peer.address.ip()).to_canonical())
+}
+
 fn is_host(host: &str) -> bool {
     !host.is_empty()
         && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']'))
@@ -59,6 +70,21 @@ mod tests {
         let trusted = |address: &str| is_trusted(&networks, address.parse().unwrap());
         assert!(trusted("10.1.255.1") && trusted("::1") && trusted("::ffff:10.1.2.3"));
         assert!(!trusted("10.2.0.1") && !trusted("::2") && !trusted("127.0.0.1"));
+    }
+
+    #[test]
+    fn a_client_is_where_its_connection_comes_from_or_where_a_trusted_proxy_saw_it() {
+        let mut headers = HeaderMap::new();
+        let peer = |trusted| Peer { address: "[::ffff:10.1.2.3]:4".parse().unwrap(), tls: false, trusted };
+        let of = |headers: &HeaderMap, trusted| client(headers, Some(&peer(trusted))).unwrap().to_string();
+        assert_eq!(of(&headers, true), "10.1.2.3");
+        headers.append(FORWARDED_FOR, "1.1.1.1, 2.2.2.2".parse().unwrap());
+        headers.append(FORWARDED_FOR, "3.3.3.3, 4.4.4.4".parse().unwrap());
+        assert_eq!(of(&headers, true), "4.4.4.4");
+        assert_eq!(of(&headers, false), "10.1.2.3");
+        headers.append(FORWARDED_FOR, "unknown".parse().unwrap());
+        assert_eq!(of(&headers, true), "10.1.2.3");
+        assert_eq!(client(&headers, None), None);
     }
 
     #[test]

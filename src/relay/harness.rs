@@ -4,6 +4,7 @@
 //! encrypted harness are handed on as they are and cannot be read here; messages of a plain one are, but only what
 //! concerns executor sessions is changed (`gate`).
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -85,6 +86,14 @@ impl HarnessEnd {
             Self::Unresumable => (CloseCode::Again, "the stream cannot be resumed"),
         };
         Some(CloseFrame { code, reason: reason.into() })
+    }
+
+    /// What more there is to say about it.
+    pub fn detail(self) -> Option<&'static str> {
+        match self {
+            Self::Protocol(detail) | Self::Unreachable(detail) => Some(detail),
+            _ => None,
+        }
     }
 
     /// Whether it was the executor's side that ended, while the harness still listens.
@@ -221,9 +230,46 @@ pub struct HarnessSocket<S> {
     sink: Sink<S>,
     source: Source<S>,
     heard: Heard,
+    traffic: Arc<Traffic>,
     /// What waits to be written to it.
     outbox: Spill,
     history: Option<History<S>>,
+}
+
+/// What has passed through a harness's socket, whatever it says: messages of the WebSocket and their bytes.
+#[derive(Debug, Default)]
+struct Traffic {
+    frames_in: AtomicU64,
+    bytes_in: AtomicU64,
+    frames_out: AtomicU64,
+    bytes_out: AtomicU64,
+}
+
+/// What has passed through a harness's socket at one time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Passed {
+    /// Messages from the harness.
+    pub frames_in: u64,
+    /// Their bytes.
+    pub bytes_in: u64,
+    /// Messages to the harness.
+    pub frames_out: u64,
+    /// Their bytes.
+    pub bytes_out: u64,
+}
+
+impl Traffic {
+    fn received(&self, message: &Message) {
+        if let Message::Text(_) | Message::Binary(_) = message {
+            self.frames_in.fetch_add(1, Ordering::Relaxed);
+            self.bytes_in.fetch_add(message.len() as u64, Ordering::Relaxed);
+        }
+    }
+
+    fn sent(&self, message: &Message) {
+        self.frames_out.fetch_add(1, Ordering::Relaxed);
+        self.bytes_out.fetch_add(message.len() as u64, Ordering::Relaxed);
+    }
 }
 
 pub(super) type Sink<S> = SplitSink<WebSocketStream<S>, Message>;
@@ -254,6 +300,7 @@ impl Heard {
 struct Source<S> {
     stream: SourceStream<S>,
     heard: Heard,
+    traffic: Arc<Traffic>,
     way_back: Option<WayBack<S>>,
 }
 
@@ -280,6 +327,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Source<S> {
                 },
             };
             self.heard.now();
+            message.iter().flatten().for_each(|message| self.traffic.received(message));
             match message {
                 Some(Ok(Message::Text(text))) => return Ok(Word::Text(text.into())),
                 Some(Ok(Message::Binary(bytes))) => return Ok(Word::Binary(bytes)),
@@ -326,8 +374,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Source<S> {
     }
 }
 
-/// How a message of the executor is written to the harness.
-enum Writing {
+/// How messages of the executor are written to the harness.
+struct Writing {
+    form: Form,
+    traffic: Arc<Traffic>,
+}
+
+enum Form {
     /// As a frame that is one already.
     Frame,
     /// As a text.
@@ -338,14 +391,16 @@ enum Writing {
 
 impl Writing {
     fn message(&mut self, bytes: Bytes) -> Result<Message, HarnessEnd> {
-        Ok(match self {
-            Self::Frame => Message::Binary(bytes),
-            Self::Text => Message::Text(Utf8Bytes::try_from(bytes).map_err(|_| HarnessEnd::Reset)?),
-            Self::Data(stream, endpoint) => {
+        let message = match &mut self.form {
+            Form::Frame => Message::Binary(bytes),
+            Form::Text => Message::Text(Utf8Bytes::try_from(bytes).map_err(|_| HarnessEnd::Reset)?),
+            Form::Data(stream, endpoint) => {
                 let data = Data { seq: endpoint.next_seq()?, segment_index: 0, segment_count: 1, payload: bytes };
                 Message::Binary(Frame { stream_id: stream.clone(), body: Body::Data(data) }.encode())
             }
-        })
+        };
+        self.traffic.sent(&message);
+        Ok(message)
     }
 }
 
@@ -354,7 +409,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
     pub fn new(socket: WebSocketStream<S>, outbox: Spill) -> Self {
         let (sink, stream) = socket.split();
         let heard = Heard(Arc::new(Mutex::new(Instant::now())));
-        Self { sink, source: Source { stream, heard: heard.clone(), way_back: None }, heard, outbox, history: None }
+        let traffic = Arc::new(Traffic::default());
+        let source = Source { stream, heard: heard.clone(), traffic: traffic.clone(), way_back: None };
+        Self { sink, source, heard, traffic, outbox, history: None }
+    }
+
+    /// What has passed so far.
+    pub fn passed(&self) -> Passed {
+        let Traffic { frames_in, bytes_in, frames_out, bytes_out } = &*self.traffic;
+        let [frames_in, bytes_in, frames_out, bytes_out] =
+            [frames_in, bytes_in, frames_out, bytes_out].map(|count| count.load(Ordering::Relaxed));
+        Passed { frames_in, bytes_in, frames_out, bytes_out }
     }
 
     /// Lets the harness come back to its stream on this link when its socket breaks, as long as `settings` say.
@@ -448,7 +513,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         settings: &config::Link,
     ) -> HarnessEnd {
         let (id, link) = (stream.id().clone(), stream.link().clone());
-        let Self { sink, source, heard, outbox, history } = self;
+        let Self { sink, source, heard, traffic, outbox, history } = self;
         let wait = Duration::from_secs(settings.handshake_timeout_secs);
         let turns = async {
             // First that of the workspace: whoever waits for it takes no place of others.
@@ -498,7 +563,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
                 delivery = stream.receive_frame().await?;
             }
         };
-        let mut writing = Writing::Frame;
+        let mut writing = Writing { form: Form::Frame, traffic: traffic.clone() };
         let words = first_end(upwards, downwards, std::future::pending());
         let end = written(words, write(sink, outbox, &mut writing, history, heard, settings)).await;
         if end.is_of_executor() {
@@ -526,12 +591,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         names: &Names<'_>,
         settings: &config::Link,
     ) -> HarnessEnd {
-        let Self { sink, source, heard, outbox, history } = self;
+        let Self { sink, source, heard, traffic, outbox, history } = self;
         let Conversation { mut sender, mut receiver } = conversation;
-        let mut writing = match &framing {
-            Framing::Whole => Writing::Text,
-            Framing::Frames { stream, .. } => Writing::Data(stream.clone(), Endpoint::new(EndpointLimits::default())),
+        let form = match &framing {
+            Framing::Whole => Form::Text,
+            Framing::Frames { stream, .. } => Form::Data(stream.clone(), Endpoint::new(EndpointLimits::default())),
         };
+        let mut writing = Writing { form, traffic: traffic.clone() };
         if let Framing::Frames { received, .. } = &framing {
             source.lacks(received.acknowledgement().0);
         }

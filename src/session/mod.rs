@@ -233,7 +233,7 @@ impl Over {
 }
 
 /// How a process is asked to end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum EndSignal {
     /// Interrupt.
     #[serde(rename = "INT")]
@@ -250,6 +250,11 @@ impl Session {
     /// Its output.
     pub fn journal(&self) -> &JournalReader {
         &self.journal
+    }
+
+    /// The executor on which its process runs.
+    pub fn executor(&self) -> ExecutorId {
+        self.lock_row().executor.clone()
     }
 
     /// Its life so far.

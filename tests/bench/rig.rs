@@ -65,7 +65,7 @@ pub fn nth_argument(nth: usize, default: usize) -> usize {
 
 /// Makes an executor through the admin socket of a running daemon.
 pub async fn create_executor(state: &Path, listen: SocketAddr, name: &str) -> Credentials {
-    let settings = AdminSettings { public_url: None, listen, revocations_max: 1 };
+    let settings = AdminSettings { public_url: None, listen, revocations_max: 1, audit: Default::default() };
     let (workspace, name) = (WorkspaceId::new("w").unwrap(), EnvironmentName::new(name).unwrap());
     match execute(state, settings, Request::ExecutorCreate { workspace, name, default: false }).await.unwrap() {
         Response::ExecutorCreated { exe_id, token, .. } => {

@@ -125,6 +125,14 @@ impl DaemonProcess {
         Self::ready(command, state).await
     }
 
+    /// The same as a process that a full disk does not end: writes past a limit of file sizes fail, as on a disk.
+    pub async fn start_on_small_disk(state: &Scratch, arguments: &[&str]) -> Self {
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' XFSZ; exec \"$0\" serve \"$@\"", env!("CARGO_BIN_EXE_exec-gateway")]);
+        command.args(["--listen", "127.0.0.1:0"]).args(arguments);
+        Self::ready(command, state).await
+    }
+
     async fn ready(mut command: Command, state: &Scratch) -> Self {
         let mut child = command
             .args(["--state-dir", state.path().to_str().unwrap(), "--ops-listen", "127.0.0.1:0"])

@@ -5,6 +5,7 @@
 //! a binary message is bytes for stdin. Nothing of the session ends with the socket.
 
 use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,8 +26,10 @@ use tokio_util::task::TaskTracker;
 
 use super::live::{Cut, Follow, Live, Step};
 use super::{OutputQuery, StdinBody, TerminateBody, object};
+use crate::api::audited::in_session;
 use crate::api::error::ApiError;
 use crate::api::{Api, credential};
+use crate::audit::Outcome;
 use crate::auth::AuthError;
 use crate::edge::body::Body;
 use crate::edge::upgrade::{self, SocketLimits};
@@ -77,6 +80,8 @@ pub async fn attach(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Res
     let credential = credential::of_socket(&request)?;
     let live = Live::admit(api, id, &credential.token).await?;
     upgrade::check(request.headers())?;
+    let act = in_session("process.attach", &live.principal, request.headers(), &live.session);
+    let entry = api.audit.begin(act).await?;
     let limits =
         SocketLimits { read_buffer_bytes: api.config.link.read_buffer_bytes, message_bytes_max: MESSAGE_BYTES_MAX };
     let (response, socket) = upgrade::accept(request, credential.protocol, limits);
@@ -84,7 +89,7 @@ pub async fn attach(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Res
     let attached = api.clone();
     api.sockets.spawn(async move {
         if let Some(socket) = socket.await {
-            run(socket, attached, live, follow).await;
+            entry.end(run(socket, attached, live, follow).await);
         }
     });
     Ok(response)
@@ -100,14 +105,17 @@ struct Attached {
     heard: Mutex<Option<Instant>>,
     /// Orders for stdin that were not answered yet.
     unanswered: watch::Sender<usize>,
+    /// Bytes for stdin that the caller has sent.
+    stdin_bytes: AtomicU64,
 }
 
-/// Owns the socket until it ends.
-async fn run<S>(socket: WebSocketStream<S>, api: Arc<Api>, live: Live, follow: Follow)
+/// Owns the socket until it ends; gives what is recorded of it.
+async fn run<S>(socket: WebSocketStream<S>, api: Arc<Api>, live: Live, follow: Follow) -> Outcome
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let Live { session, read_only, mut cut, place: _place } = live;
+    let Live { principal, session, mut cut, place: _place } = live;
+    let read_only = principal.scopes().read_only;
     let attached = Attached {
         api,
         session,
@@ -115,7 +123,10 @@ where
         endings: TaskTracker::new(),
         heard: Mutex::new(Some(Instant::now())),
         unanswered: watch::Sender::new(0),
+        stdin_bytes: AtomicU64::new(0),
     };
+    let ended =
+        |code: &'static str| Outcome::new(code).with("stdin_bytes", attached.stdin_bytes.load(Ordering::Relaxed));
     let (mut sink, stream) = socket.split();
     let (replies, told) = mpsc::channel(REPLIES_MAX);
     let (orders, queued) = mpsc::channel(ORDERS_MAX);
@@ -132,7 +143,7 @@ where
             () = &mut writes => End::Peer,
         };
         match end {
-            End::Silent => return,
+            End::Silent => return ended("silent"),
             End::Farewell(code, reason) => (code, reason),
             End::Peer => {
                 // What it had written before it left still goes to the process.
@@ -140,7 +151,7 @@ where
                     _ = &mut cut => {}
                     () = writes => {}
                 }
-                return;
+                return ended("peer");
             }
         }
     };
@@ -152,6 +163,7 @@ where
         }
     };
     let _ = timeout(CLOSE_TIMEOUT, goodbye).await;
+    ended("closed").with("detail", reason)
 }
 
 fn farewell(cut: &Cut) -> End {
@@ -212,6 +224,7 @@ impl Attached {
         if let Err(refused) = self.may_change() {
             return self.reply(replies, error(&refused)).await;
         }
+        self.stdin_bytes.fetch_add(order.bytes.len() as u64, Ordering::Relaxed);
         // Its pongs wait behind its bytes, which wait for the process: that is not the caller's silence.
         self.hear(None);
         self.unanswered.send_modify(|orders| *orders += 1);

@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 
 use crate::api::Api;
 use crate::api::error::ApiError;
-use crate::auth::AuthError;
+use crate::auth::{AuthError, Principal};
 use crate::journal::Page;
 use crate::session::view::read;
 use crate::session::{Place, Session, Status};
@@ -23,10 +23,10 @@ const PAGE_BYTES: usize = 256 * 1024;
 
 /// A stream that was admitted.
 pub(super) struct Live {
+    /// Who follows.
+    pub(super) principal: Principal,
     /// What it follows.
     pub(super) session: Arc<Session>,
-    /// Whether the caller may only look.
-    pub(super) read_only: bool,
     /// Ready when the stream is to end before the session does.
     pub(super) cut: BoxFuture<'static, Cut>,
     /// Kept as long as the stream is open.
@@ -67,7 +67,7 @@ impl Live {
                 }
             }
         };
-        Ok(Self { session, read_only: principal.scopes().read_only, cut: Box::pin(cut), place })
+        Ok(Self { principal, session, cut: Box::pin(cut), place })
     }
 }
 

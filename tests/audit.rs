@@ -21,7 +21,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use crate::support::gateway::workspace;
 use crate::support::harness::dial;
-use crate::support::{Caller, DaemonProcess, Harness, Scratch, TestGateway, Tongue, Workbench, eventually};
+use crate::support::{Caller, DaemonProcess, Harness, Mcp, Scratch, TestGateway, Tongue, Workbench, eventually};
 
 /// What must not be found in any record.
 const SECRET: &str = "s3cret-hunter2";
@@ -120,6 +120,22 @@ async fn a_tool_call_tells_who_what_where_and_to_what_end_and_nothing_of_content
     assert!(begins[3].get("executor").is_none(), "{}", begins[3]);
     assert_no_secret(&bench.gateway.state);
     verify(&directory(&bench.gateway.state)).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_of_mcp_clients_are_on_record_like_those_over_rest() {
+    let bench = Workbench::start().await;
+    let client = Mcp::connect(&bench.caller).await;
+    client.call("list_environments", json!({})).await;
+    let result = client.call("shell", json!({ "command": "exit 4" })).await;
+    assert_eq!(result["structuredContent"]["exit_code"], 4, "{result}");
+    let (begin, end) = act(&bench.gateway.state, "tool.call").await;
+    assert_eq!((&begin["tool"], &begin["what"]), (&json!("shell"), &json!({ "command": "exit 4" })));
+    // Found, though the client did not name it.
+    let place = (&begin["environment"], &begin["executor"]);
+    assert_eq!(place, (&json!("box"), &json!(bench.credentials.executor)));
+    assert!(begin["request"].as_str().is_some_and(|request| request.starts_with("req_")), "{begin}");
+    assert_eq!((&end["outcome"], &end["exit_code"], &end["bytes_in"]), (&json!("ok"), &json!(4), &json!(6)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -482,7 +482,7 @@ async fn serve_link(
     let limits = SocketLimits { read_buffer_bytes: link.read_buffer_bytes, message_bytes_max };
     let what = serde_json::json!({ "registration": registration.id, "transport": transport.name() });
     let act = Act::new("executor.link").by_the("executor").on(&executor).asked_as(asked_as(request.headers()));
-    let act = act.from(peer::client(request.headers(), request.extensions().get())).about(what).always();
+    let act = act.came_from(peer::client(request.headers(), request.extensions().get())).about(what).always();
     let (response, socket) = upgrade::accept(request, None, limits);
     // Boxed, so that it is gone once it is done: what a task captures lasts as long as the task, here as the link.
     let socket = Box::pin(socket);

@@ -187,7 +187,7 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
         return Err(ReachError::TooManyStreams.into());
     }
     let opened = act("harness.socket", &admitted.principal, request.headers())
-        .from(peer::client(request.headers(), request.extensions().get()))
+        .came_from(peer::client(request.headers(), request.extensions().get()))
         .at(admitted.binding.name().as_str())
         .on(admitted.binding.executor())
         .about(serde_json::json!({ "encrypted": handshake.is_some() }));

@@ -119,7 +119,7 @@ impl Act {
 
     /// The address that it came from.
     #[must_use]
-    pub fn from(self, client: Option<IpAddr>) -> Self {
+    pub fn came_from(self, client: Option<IpAddr>) -> Self {
         Self { client, ..self }
     }
 

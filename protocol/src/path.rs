@@ -171,7 +171,8 @@ impl FileUri {
 
     /// What is in this directory under that name, which has no slash.
     pub fn child(&self, name: &str) -> Self {
-        Self(format!("{}/{}", self.0.trim_end_matches('/'), Encoded(name)))
+        // One slash at most: a root keeps those of its scheme.
+        Self(format!("{}/{}", self.0.strip_suffix('/').unwrap_or(&self.0), Encoded(name)))
     }
 
     /// The directory that holds this path, by its text; `None` at a root.

@@ -489,7 +489,7 @@ mod tests {
         for end in 0..SAID.len() {
             assert!(listed(&SAID[..end]).is_err(), "{end} bytes");
         }
-        assert!(listed(b".\0./a\0\x0041ed 4096 7\n\n").is_err(), "two paths and facts of one");
-        assert!(listed(b"./\xff\0\081a4 1 7\n\n").is_err(), "no text");
+        assert!(listed(b".\0./a\x00\x0041ed 4096 7\n\n").is_err(), "two paths and facts of one");
+        assert!(listed(b"./\xff\x00\x0081a4 1 7\n\n").is_err(), "no text");
     }
 }

@@ -17,3 +17,7 @@ pub mod tools;
 pub mod workspace;
 
 pub use exec_gateway_protocol as protocol;
+
+#[cfg(test)]
+#[path = "../protocol/fuzz/feed.rs"]
+mod feeding;

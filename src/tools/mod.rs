@@ -6,6 +6,8 @@ mod command;
 mod exec_command;
 mod execution;
 mod open_file;
+#[allow(dead_code, reason = "the tool comes to use it")]
+mod patch;
 mod process;
 mod read_file;
 mod script;

@@ -232,6 +232,8 @@ config! {
         relink_wait_secs: u64 = 25 => 1..=3600,
         /// Bytes of output, or of a file, that one call returns.
         output_bytes_max: usize = 32 * 1024 * 1024 => 1..=64 * 1024 * 1024,
+        /// Bytes that the files of one patch may have together, in memory.
+        patch_bytes_max: usize = 64 * 1024 * 1024 => 1..=1024 * 1024 * 1024,
         /// Time after which a call still running sends its status and then spaces, in seconds; the Python client gives up after 30 s of silence.
         keepalive_after_secs: u64 = 15 => 1..=29,
         /// Interval of those spaces, in seconds.

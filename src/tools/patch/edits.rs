@@ -516,7 +516,7 @@ fn no_text_makes_the_reader_or_the_search_fail() {
         let text = normalise(String::from_utf8_lossy(input).into_owned());
         let Ok(patch) = Patch::parse(&text) else { return };
         match plan(&patch, str::to_owned, &before, 1000) {
-            Ok(changes) => changes.iter().for_each(|change| assert!(patch.paths().any(|path| *path == change.path))),
+            Ok(changes) => assert!(changes.len() <= 2 * patch.files.len()),
             Err(failures) => assert_eq!(failures.len(), patch.files.len()),
         }
     });

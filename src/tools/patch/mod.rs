@@ -14,7 +14,6 @@ mod edits;
 use std::borrow::Cow;
 use std::str::SplitInclusive;
 
-#[expect(unused_imports, reason = "the tool comes to use it")]
 pub(super) use plan::{Change, Failure, plan};
 
 /// Lines of a patch, or of one file that it changes: what is kept for each takes more memory than a short line does.
@@ -117,13 +116,17 @@ enum Tag {
 #[error("{message} (line {line})")]
 pub(super) struct ParseError {
     message: String,
-    /// From 1.
     line: usize,
 }
 
 impl ParseError {
     fn new(message: impl Into<String>, line: usize) -> Self {
         Self { message: message.into(), line }
+    }
+
+    /// The line of the patch where it is wrong, from 1.
+    pub(super) fn line(&self) -> usize {
+        self.line
     }
 }
 
@@ -153,17 +156,6 @@ impl<'p> Patch<'p> {
         }
         let files = if codex::begins(text) { codex::parse(text)? } else { unified::parse(text)? };
         Ok(Self { files })
-    }
-
-    /// Every path that it reads or changes, as it writes them; some may come twice.
-    pub(super) fn paths(&self) -> impl Iterator<Item = &str> {
-        self.files.iter().flat_map(|file| {
-            let target = match &file.action {
-                Action::Update { to: Some(target), .. } => Some(&*target.path),
-                _ => None,
-            };
-            std::iter::once(&*file.path).chain(target)
-        })
     }
 }
 

@@ -55,6 +55,7 @@ fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
         Command::Executor(command) => operate(common, command.into())?,
         Command::CapToken(command) => operate(common, command.into())?,
         Command::Revoke(command) => operate(common, command.into())?,
+        Command::Key(command) => operate(common, command.into())?,
     }
     Ok(ExitCode::SUCCESS)
 }

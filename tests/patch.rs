@@ -576,7 +576,7 @@ impl Workbench {
     }
 
     /// The third call of the program waits, until [`Self::release`].
-    fn hold(&self, program: &str) {
+    fn halt_at(&self, program: &str) {
         let lines = "echo . >>\"$HOME/calls\"\nif [ $(wc -l <\"$HOME/calls\") = 3 ]; then\n  touch \"$HOME/held\"\n  \
                      until [ -e \"$HOME/go\" ]; do sleep 0.02; done\nfi\n";
         self.hook(program, lines);
@@ -596,7 +596,7 @@ async fn a_call_dropped_in_the_middle_of_the_change_still_changes_all() {
     let bench = with_hooks(&["mv"]).await;
     let (before, patch, after) = four();
     write(&bench.file("dir"), &before);
-    bench.hold("mv");
+    bench.halt_at("mv");
     let call = bench.begin(&patch);
     bench.is_held().await;
 
@@ -632,7 +632,7 @@ async fn a_link_cut_in_the_middle_of_the_change_goes_unnoticed() {
     let (bench, proxy) = behind_proxy(&["mv"], |_| {}).await;
     let (before, patch, after) = four();
     write(&bench.file("dir"), &before);
-    bench.hold("mv");
+    bench.halt_at("mv");
     let call = bench.begin(&patch);
     bench.is_held().await;
 

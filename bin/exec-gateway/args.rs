@@ -7,6 +7,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand}
 use exec_gateway::admin::Request;
 use exec_gateway::config::{Config, KNOBS, Knob};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, TokenId, TurnId, UserId, WorkspaceId};
+use exec_gateway::store::KeyPurpose;
 
 /// Bridges workspaces to remote executors over WebSockets.
 #[derive(Debug, Parser)]
@@ -72,6 +73,30 @@ pub enum Command {
     CapToken(CapToken),
     /// Revoke the cap-tokens of a turn, or all that a workspace was given so far
     Revoke(Revoke),
+    /// List and rotate the gateway's own keys
+    #[command(subcommand)]
+    Key(Key),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Key {
+    /// List the keys by name, without their secrets
+    List,
+    /// Sign with a new key from now on; what the last one signed stays good until the next rotation
+    Rotate {
+        /// What it signs: cap-token, ticket (24 h), harness (60 s), resume, or executor: with that one, tokens of
+        /// executors from before the last rotation stop to register once it is rotated again
+        purpose: KeyPurpose,
+    },
+}
+
+impl From<Key> for Request {
+    fn from(command: Key) -> Self {
+        match command {
+            Key::List => Self::KeyList,
+            Key::Rotate { purpose } => Self::KeyRotate { purpose },
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -2,8 +2,8 @@
 //!
 //! Shared by the authentications that ask it; never caches, never follows a redirect, never shows a credential.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,7 +16,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::TokenCounters;
 use crate::config::Secret;
@@ -79,6 +79,14 @@ pub(super) struct Upstream {
     timeout: Duration,
     permits: Semaphore,
     counters: Arc<TokenCounters>,
+    last: Mutex<LastQuestion>,
+}
+
+/// How the validator did lately.
+#[derive(Default)]
+struct LastQuestion {
+    failed: bool,
+    answered_at: Option<Instant>,
 }
 
 impl Upstream {
@@ -101,6 +109,7 @@ impl Upstream {
             timeout: Duration::from_secs(config.upstream_timeout_secs),
             permits: Semaphore::new(config.upstream_requests_max.clamp(1, Semaphore::MAX_PERMITS)),
             counters,
+            last: Mutex::default(),
         })
     }
 
@@ -149,7 +158,7 @@ impl Upstream {
     async fn ask(&self, uri: &Uri, question: &impl Serialize) -> Result<(StatusCode, Bytes), UpstreamError> {
         let body = Bytes::from(serde_json::to_vec(question).expect("a question holds only strings"));
         let permit = timeout(self.timeout, self.permits.acquire()).await;
-        let _permit = self.judge(permit.map_err(|_| UpstreamError::Busy))?.expect("the semaphore is never closed");
+        let _permit = self.counted(permit.map_err(|_| UpstreamError::Busy))?.expect("the semaphore is never closed");
         self.counters.upstream_requests.fetch_add(1, Relaxed);
         let exchange = async {
             match self.exchange(uri, body.clone()).await {
@@ -160,7 +169,7 @@ impl Upstream {
                 answer => answer,
             }
         };
-        self.judge(timeout(self.timeout, exchange).await.unwrap_or(Err(UpstreamError::Timeout)))
+        self.counted(timeout(self.timeout, exchange).await.unwrap_or(Err(UpstreamError::Timeout)))
     }
 
     async fn exchange(&self, uri: &Uri, body: Bytes) -> Result<(StatusCode, Bytes), UpstreamError> {
@@ -177,11 +186,29 @@ impl Upstream {
         Ok((status, body.to_bytes()))
     }
 
-    fn judge<T>(&self, outcome: Result<T, UpstreamError>) -> Result<T, UpstreamError> {
-        if outcome.is_err() {
+    /// Counts a failure on the way to a verdict.
+    fn counted<T>(&self, step: Result<T, UpstreamError>) -> Result<T, UpstreamError> {
+        if step.is_err() {
             self.counters.upstream_failures.fetch_add(1, Relaxed);
+            self.last.lock().unwrap_or_else(PoisonError::into_inner).failed = true;
         }
-        outcome
+        step
+    }
+
+    /// The same at the end of the way.
+    fn judge<T>(&self, verdict: Result<T, UpstreamError>) -> Result<T, UpstreamError> {
+        if verdict.is_ok() {
+            let now = Some(Instant::now());
+            *self.last.lock().unwrap_or_else(PoisonError::into_inner) =
+                LastQuestion { failed: false, answered_at: now };
+        }
+        self.counted(verdict)
+    }
+
+    /// Whether the last question failed, and nobody can have been confirmed by the service within `stale`.
+    pub(super) fn is_down(&self, stale: Duration) -> bool {
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.failed && last.answered_at.is_none_or(|at| at.elapsed() >= stale)
     }
 }
 

@@ -43,6 +43,37 @@ pub fn process(home: &Path, arguments: &[&str]) -> Command {
     command
 }
 
+/// Runs the command in namespaces of its own: `setup` first, by a shell that may mount, then the command without the
+/// right to pass over the modes of files, whoever runs the test.
+pub fn in_namespaces(command: &mut Command, setup: &str) {
+    let inner = std::mem::replace(command, Command::new("unshare"));
+    let inner = inner.as_std();
+    command
+        .args(["-rm", "sh", "-c", &format!("{setup}\nexec unshare -U -- \"$0\" \"$@\"")])
+        .arg(inner.get_program())
+        .args(inner.get_args())
+        .env_clear()
+        .envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .kill_on_drop(true);
+    if let Some(directory) = inner.get_current_dir() {
+        command.current_dir(directory);
+    }
+}
+
+/// Whether this machine lets anybody make namespaces; a test that cannot do without says so and is over.
+pub fn has_namespaces() -> bool {
+    let tried = std::process::Command::new("unshare").args(["-rm", "unshare", "-U", "true"]).status();
+    let has = tried.is_ok_and(|status| status.success());
+    if !has {
+        eprintln!("no namespaces on this machine: not tested");
+    }
+    has
+}
+
 /// Kills launcher and program at once.
 pub fn kill_group(child: &Child) {
     if let Some(pid) = child.id() {

@@ -1,11 +1,11 @@
 # Puts staged contents in the place of files and removes files: all of a list, or none of it.
 #
-# $1 is a name that nobody else has; then for each change five arguments: `put` or `remove`, the file, its staged content,
-# its mode (octal; empty for that of the former file), and what has to be there: nothing said (empty), `missing`,
-# `present`, or the SHA-256 of the content. With `put-parents` missing directories are made.
+# $1 is a name that nobody else has; then for each change five arguments: `put` or `remove`, the file, its staged
+# content, its mode (octal; empty for that of the former file), and what has to be there: nothing said (empty),
+# `missing`, `present`, or the SHA-256 of the content. With `put-parents` missing directories are made.
 #
-# Says `done` and a line per change (`created`, `replaced`, `removed`), or `refused INDEX CODE [SHA-256]` and has changed
-# nothing; what the tools have to say about a failure is on the error stream.
+# Says `done` and a line per change (`created`, `replaced`, `removed`), or `refused INDEX CODE [SHA-256]` and has
+# changed nothing; what programs have to say about a failure is on the error stream.
 
 # Signals do not stop it half-way: it is over soon, with all or with nothing.
 trap '' HUP INT TERM
@@ -93,8 +93,8 @@ check() {
 # Gives the staged content the mode, and where that can be the owner, of the file that it replaces.
 adopt() {
   if [ -e "$place" ]; then
-    former=$(stat -c '%a %u:%g' "$place" 2>/dev/null || stat -f '%Mp%Lp %u:%g' "$place") || refuse failed
-    fresh=$(stat -c '%u:%g' "$staged" 2>/dev/null || stat -f '%u:%g' "$staged") || refuse failed
+    former=$(facts '%a %u:%g' '%Mp%Lp %u:%g' "$place") || refuse failed
+    fresh=$(facts %u:%g %u:%g "$staged") || refuse failed
     [ "$fresh" = "${former#* }" ] || chown "${former#* }" "$staged" 2>/dev/null || :
     [ -n "$mode" ] || mode=${former%% *}
   fi

@@ -64,14 +64,7 @@ struct Output {
     /// Whether there are more.
     truncated: bool,
     /// Directories that may not be read.
-    #[serde(skip_serializing_if = "is_zero")]
     unreadable: usize,
-}
-
-/// Whether a count need not be told.
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
-pub(super) fn is_zero(count: &usize) -> bool {
-    *count == 0
 }
 
 /// A number within its bounds.

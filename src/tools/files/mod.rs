@@ -180,6 +180,7 @@ fn system_code(message: &str) -> Option<&'static str> {
         ("File exists", "exists"),
         ("already exists", "exists"),
         ("File name too long", "invalid"),
+        ("Filename too long", "invalid"),
         ("Invalid argument", "invalid"),
         ("to a subdirectory of itself", "invalid"),
     ];

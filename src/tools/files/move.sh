@@ -9,10 +9,6 @@ refuse() {
   exit 1
 }
 
-device() {
-  stat -c %d "$1" 2>/dev/null || stat -f %d "$1"
-}
-
 # Says why, where it is not there.
 [ -e "$source" ] || [ -L "$source" ] || ls -d "$source" >/dev/null || exit 1
 if [ -e "$target" ] || [ -L "$target" ]; then
@@ -21,7 +17,7 @@ if [ -e "$target" ] || [ -L "$target" ]; then
   if [ -d "$source" ] && [ ! -L "$source" ]; then refuse not_a_directory; fi
 fi
 if [ -n "$parents" ]; then mkdir -p "${target%/*}/" || exit 1; fi
-from=$(device "$source") && to=$(device "${target%/*}/") || exit 1
+from=$(facts %d %d "$source") && to=$(facts %d %d "${target%/*}/") || exit 1
 if [ "$from" = "$to" ]; then
   mv -f "$source" "$target" || exit 1
   echo moved

@@ -23,7 +23,7 @@ pub(in crate::tools) const TOOL: Tool = Tool {
     run: Run::At(|site, arguments| Box::pin(async move { call(site, parse(arguments)?).await })),
 };
 
-const MOVE: &str = include_str!("move.sh");
+const MOVE: &str = concat!(include_str!("facts.sh"), include_str!("move.sh"));
 
 /// Arguments of `move_path`.
 #[derive(Deserialize, JsonSchema)]

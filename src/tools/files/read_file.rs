@@ -37,7 +37,7 @@ const HASH_BYTES_MAX: u64 = 16 * 1024 * 1024;
 const LINES_MAX: u64 = 2000;
 const TEXT_BYTES_MAX: usize = 256 * 1024;
 
-const HASH: &str = concat!(include_str!("hash.sh"), "hash \"$1\" && echo \"$sum\"");
+const HASH: &str = concat!(include_str!("facts.sh"), "hash \"$1\" && echo \"$sum\"");
 
 /// Arguments of `read_file`.
 #[derive(Deserialize, JsonSchema)]

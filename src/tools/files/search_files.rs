@@ -14,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::find_files::{bounded, is_zero};
+use super::find_files::bounded;
 use super::open_file::OpenFile;
 use super::walk::{Excluded, Found, Pattern, Wanted, found, read};
 use super::{Attempts, Failure, FileError, answer, look, native};
@@ -95,7 +95,6 @@ struct Output {
     /// Whether there may be more.
     truncated: bool,
     /// Directories that may not be read.
-    #[serde(skip_serializing_if = "is_zero")]
     unreadable: usize,
 }
 
@@ -109,10 +108,10 @@ struct Match {
     /// The line.
     text: String,
     /// The lines before it, oldest first.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     before: Vec<String>,
     /// The lines after it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     after: Vec<String>,
 }
 

@@ -18,7 +18,7 @@ pub(in crate::tools) const TOOL: Tool = Tool {
     run: Run::At(|site, arguments| Box::pin(async move { call(site, parse(arguments)?).await })),
 };
 
-const LOOK: &str = include_str!("stat.sh");
+const LOOK: &str = concat!(include_str!("facts.sh"), include_str!("stat.sh"));
 
 /// Arguments of `stat`.
 #[derive(Deserialize, JsonSchema)]

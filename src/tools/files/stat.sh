@@ -2,7 +2,7 @@
 # to something; then, of a link, what it says, to the end of the output.
 
 look() {
-  stat -c '%a %u %g %s %Y' "$@" 2>/dev/null || stat -f '%Mp%Lp %u %g %z %m' "$@"
+  facts '%a %u %g %s %Y' '%Mp%Lp %u %g %z %m' "$@"
 }
 
 if [ -e "$1" ]; then

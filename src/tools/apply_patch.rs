@@ -478,7 +478,9 @@ impl Refusal {
                     }
                     if structured.get("code").is_none() {
                         structured["code"] = json!(code);
-                        structured["current_sha256"] = file["current_sha256"].clone();
+                        if let Some(current) = file.get("current_sha256") {
+                            structured["current_sha256"] = current.clone();
+                        }
                     }
                 }
             }

@@ -486,8 +486,8 @@ impl Workbench {
 
 /// Four files, and a patch that changes all: `a` is edited, `b` moved, `c` deleted, `new/d` made.
 fn four() -> (Tree, String, Tree) {
-    let patch = "*** Update File: a\n-a\n+x\n*** Update File: b\n*** Move to: moved\n-b\n+y\n*** Delete File: c\n*** Add \
-                 File: new/d\n+z\n";
+    let patch = "*** Update File: a\n-a\n+x\n*** Update File: b\n*** Move to: moved\n-b\n+y\n*** Delete File: c\n\
+                 *** Add File: new/d\n+z\n";
     let before = tree(&[("a", "a\n"), ("b", "b\n"), ("c", "c\n"), ("other", "o\n")]);
     let after = tree(&[("a", "x\n"), ("moved", "y\n"), ("new/d", "z\n"), ("other", "o\n")]);
     (before, codex(patch), after)

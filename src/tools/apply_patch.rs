@@ -72,8 +72,8 @@ struct Arguments {
     /// Directory for relative paths of the patch; the executor's own when left out.
     #[serde(default)]
     cwd: Option<String>,
-    /// What files have to hold before, by their path as in the patch: a SHA-256 in hexadecimal, `*` for anything, `none`
-    /// for no file. Nothing is changed unless all fit.
+    /// What files have to hold before, by their path as in the patch: a SHA-256 in hexadecimal, `*` for anything,
+    /// `none` for no file. Nothing is changed unless all fit.
     #[serde(default)]
     if_match: BTreeMap<String, String>,
     /// Whether only to look what the patch would do.

@@ -452,7 +452,8 @@ mod tests {
         assert_eq!(codex("a\nb\na\n", "@@\n-a\n+x\n*** End of File\n"), made("a\nb\nx\n"));
         assert_eq!(
             codex("a\nb\n", "@@\n-a\n+x\n*** End of File\n").unwrap_err(),
-            "hunk 1 context did not match source (line 3 of the patch); it is at line 1, which is not the end of the file"
+            "hunk 1 context did not match source (line 3 of the patch); it is at line 1, which is not the end of the \
+             file"
         );
     }
 

@@ -1,5 +1,5 @@
-//! The patch format of codex (connectors-api.md §4.4), with the leniencies that codex itself has: blank lines and spaces
-//! around markers, and the marks of a shell document around it all.
+//! The patch format of codex (connectors-api.md §4.4), with the leniencies that codex itself has: blank lines and
+//! spaces around markers, and the marks of a shell document around it all.
 
 use super::{Action, FileChange, Hunk, Line, Lines, ParseError, Place, Tag, Target, bare, unified};
 

@@ -137,6 +137,8 @@ config! {
     auth: Auth {
         /// Base URL of a service that validates proxy tokens and executor credentials. Empty: the gateway's own tokens only.
         upstream_url: Option<String> = None,
+        /// PEM file with the authorities that may have signed the service's certificate, for a URL with https. Empty: those of the system.
+        upstream_authorities: Option<PathBuf> = None,
         /// Shared secret sent to that service as `X-Internal-Secret`. Better given by file or by systemd.
         upstream_secret: Option<Secret> = None,
         /// File that holds `auth.upstream_secret`. With neither given: `$CREDENTIALS_DIRECTORY/upstream_secret`, as systemd passes it.
@@ -377,11 +379,6 @@ impl Config {
         if let Some(url) = &self.auth.upstream_url {
             if let Err(message) = check_url(url, &["http", "https"]) {
                 wrong("auth.upstream_url", &message);
-            } else if scheme(url) == "https" {
-                wrong(
-                    "auth.upstream_url",
-                    "https is not supported yet; reach the service over http on a private network",
-                );
             }
             if self.auth.upstream_secret.is_none() {
                 wrong("auth.upstream_secret", "is needed with auth.upstream_url; it or its file is not given");
@@ -679,7 +676,7 @@ mod tests {
     }
 
     #[test]
-    fn the_upstream_needs_plain_http_and_a_secret_that_fits_a_header() {
+    fn the_upstream_needs_a_web_address_and_a_secret_that_fits_a_header() {
         let upstream = |url: &str, secret: Option<&str>| {
             places(|config| {
                 config.auth.upstream_url = Some(url.into());
@@ -687,7 +684,8 @@ mod tests {
             })
         };
         assert_eq!(upstream("http://upstream.test", Some("s3cret")), Vec::<String>::new());
-        assert_eq!(upstream("https://upstream.test", Some("s3cret")), ["auth.upstream_url"]);
+        assert_eq!(upstream("https://upstream.test", Some("s3cret")), Vec::<String>::new());
+        assert_eq!(upstream("ftp://upstream.test", Some("s3cret")), ["auth.upstream_url"]);
         assert_eq!(upstream("http://upstream.test", None), ["auth.upstream_secret"]);
         assert_eq!(upstream("http://upstream.test", Some("line\nbreak")), ["auth.upstream_secret"]);
     }

@@ -1,5 +1,6 @@
 //! TLS of the listeners, certificates of clients, and proxies that end TLS before the gateway.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -7,13 +8,13 @@ use base64::Engine;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::support::{Credentials, Scratch, TestGateway};
+use crate::support::{Caller, Credentials, Scratch, TestGateway, Upstream};
 
 /// Who signs the certificates of one test.
 struct Authority(CertifiedIssuer<'static, KeyPair>);
@@ -163,6 +164,51 @@ async fn certificates_are_read_again_for_new_connections_and_bad_ones_change_not
     std::fs::write(certificate, "not a certificate").unwrap();
     assert!(gateway.gateway.reloading().reload().is_err());
     assert!(ask(&gateway, &new.client(None), HEALTH).await.is_ok());
+}
+
+#[tokio::test]
+async fn the_validator_is_asked_over_tls_and_believed_only_with_a_known_certificate() {
+    let (scratch, authority, strange) = (Scratch::new(), Authority::new(), Authority::new());
+    let upstream = Upstream::start().await;
+    upstream.knows_token("good", "w");
+    let address = tls_in_front_of(&upstream, authority.identity("localhost")).await;
+    for (authorities, expected) in [(&authority, 200), (&strange, 503)] {
+        let path = authorities.write(&scratch, "validators.pem");
+        let gateway = TestGateway::with(|config| {
+            upstream.configure(config);
+            config.auth.upstream_url = Some(format!("https://localhost:{}", address.port()));
+            config.auth.upstream_authorities = Some(path);
+        })
+        .await;
+        let caller = Caller::new(gateway.address(), Some("good".into()));
+        assert_eq!(caller.post("/api/connectors/envs/list", json!({})).await.status, expected);
+    }
+    assert_eq!(upstream.asked("good"), 1, "a stranger is not shown a token");
+}
+
+/// Ends TLS before the validator.
+async fn tls_in_front_of(upstream: &Upstream, identity: Identity) -> SocketAddr {
+    let key = PrivateKeyDer::try_from(identity.key.serialize_der()).unwrap();
+    let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![identity.certificate], key)
+        .unwrap();
+    let (acceptor, inner) = (TlsAcceptor::from(Arc::new(config)), upstream.address());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(mut outer) = acceptor.accept(socket).await else { return };
+                let mut inner = TcpStream::connect(inner).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut outer, &mut inner).await;
+            });
+        }
+    });
+    address
 }
 
 #[tokio::test]

@@ -475,7 +475,7 @@ mod tests {
     #[tokio::test]
     async fn a_validator_that_cannot_be_asked_is_reported_at_start() {
         let dir = crate::store::scratch::ScratchDir::new();
-        let config = config::Auth { upstream_url: Some("https://validator".into()), ..config::Auth::default() };
+        let config = config::Auth { upstream_url: Some("validator:80".into()), ..config::Auth::default() };
         let started = Auth::new(Store::open(dir.path()).unwrap(), &config).await;
         assert!(matches!(started.err(), Some(AuthStartError::Upstream(UpstreamError::Url))));
     }

@@ -8,9 +8,10 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use exec_gateway::tools::Tool;
 use serde_json::{Value, json};
+use tokio::process::Command;
 
 use crate::support::codex::{has_namespaces, in_namespaces};
-use crate::support::{MIB, Marker, Workbench, eventually, noise};
+use crate::support::{CodexExecutor, MIB, Marker, Proxy, TestGateway, Workbench, eventually, noise};
 
 /// One call and what comes of it.
 struct Case {
@@ -504,29 +505,35 @@ async fn a_reader_never_sees_a_part_of_what_is_written() {
     assert!(reader.join().unwrap() > 0);
 }
 
-/// A bench whose executor finds these programs before the system's. Each does what stands in the file of its name in
-/// `hooks`, if there is one, before it is the system's.
-async fn with_hooks(programs: &'static [&'static str]) -> Workbench {
+/// Has the executor find these programs before the system's. Each does what stands in the file of its name in `hooks`,
+/// if there is one, before it is the system's.
+fn hook(command: &mut Command, home: &Path, programs: &[&str]) {
     let search = std::env::var("PATH").unwrap();
-    Workbench::of(
-        |_| {},
-        move |command, home| {
-            for directory in ["programs", "hooks"] {
-                std::fs::create_dir(home.join(directory)).unwrap();
-            }
-            for program in programs {
-                let path = home.join("programs").join(program);
-                let hook = home.join("hooks").join(program).display().to_string();
-                let text = format!(
-                    "#!/bin/sh\nif [ -e '{hook}' ]; then . '{hook}'; fi\nPATH='{search}' exec {program} \"$@\"\n"
-                );
-                std::fs::write(&path, text).unwrap();
-                std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
-            }
-            command.env("PATH", format!("{}:{search}", home.join("programs").display()));
-        },
-    )
-    .await
+    for directory in ["programs", "hooks"] {
+        std::fs::create_dir(home.join(directory)).unwrap();
+    }
+    for program in programs {
+        let path = home.join("programs").join(program);
+        let hook = home.join("hooks").join(program).display().to_string();
+        let first = format!("if [ -e '{hook}' ]; then . '{hook}'; fi");
+        std::fs::write(&path, format!("#!/bin/sh\n{first}\nPATH='{search}' exec {program} \"$@\"\n")).unwrap();
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    command.env("PATH", format!("{}:{search}", home.join("programs").display()));
+}
+
+async fn with_hooks(programs: &'static [&'static str]) -> Workbench {
+    Workbench::of(|_| {}, |command, home| hook(command, home, programs)).await
+}
+
+/// A hook that says that it was reached, and waits until it may go on.
+fn wait_at(home: &Path) -> String {
+    let home = home.display();
+    format!("echo >'{home}/reached'; while [ ! -e '{home}/go' ]; do sleep 0.02; done")
+}
+
+async fn is_there(path: &Path) {
+    eventually(&path.display().to_string(), async || path.exists().then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -548,6 +555,19 @@ async fn an_edit_of_a_file_that_changes_meanwhile_is_refused_with_its_hash() {
     std::fs::remove_file(bench.file("hooks/sha256sum")).unwrap();
     bench.done("edit_file", edit).await;
     bench.has_nothing_staged().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_that_is_missing_at_the_executor_does_not_look_like_nothing_found() {
+    let bench = with_hooks(&["find"]).await;
+    bench.put("hooks/find", "echo 'sh: find: not found' >&2; exit 127");
+
+    #[rustfmt::skip]
+    let cases = vec![
+        case("by name", "find_files", json!({ "pattern": "*" }), Fails("failed")),
+        case("by content", "search_files", json!({ "pattern": "text" }), Fails("failed")),
+    ];
+    bench.hold(cases).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -587,6 +607,76 @@ async fn a_caller_who_leaves_while_a_file_is_sent_leaves_the_former_one() {
         // What had begun to take its place by then was brought to its end.
         assert!(left == former || left == new, "{} bytes of neither content", left.len());
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_content_on_its_way_is_open_to_nobody_whom_the_file_is_not() {
+    let bench = with_hooks(&["sha256sum"]).await;
+    bench.put("file", "former");
+    std::fs::set_permissions(bench.file("file"), PermissionsExt::from_mode(0o600)).unwrap();
+    bench.put("hooks/sha256sum", wait_at(bench.executor.home()));
+    let edit = json!({ "path": "file", "old_string": "former", "new_string": "secret" });
+
+    // Before the script has come to the mode.
+    let reached = bench.file("reached");
+    let check = async {
+        is_there(&reached).await;
+        let mut entries = std::fs::read_dir(bench.executor.home()).unwrap().flatten();
+        let staged = entries.find(|entry| entry.file_name().to_string_lossy().starts_with(".exec-gateway-")).unwrap();
+        let mode = staged.metadata().unwrap().permissions().mode() & 0o777;
+        bench.put("go", "");
+        mode
+    };
+    let (mode, _) = tokio::join!(check, bench.done("edit_file", edit));
+
+    assert_eq!((mode, bench.content("file").as_str()), (0o600, "secret"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_has_begun_comes_to_its_end_without_its_caller() {
+    let bench = with_hooks(&["mv"]).await;
+    bench.put("file", "former");
+    bench.put("hooks/mv", wait_at(bench.executor.home()));
+    let body = json!({ "tool": "write_file", "arguments": { "path": "file", "content": "new" } });
+
+    let reached = bench.file("reached");
+    tokio::select! {
+        () = is_there(&reached) => {}
+        answer = bench.caller.post("/api/connectors/envs/box/tool/call", body) => panic!("{answer:?}"),
+    }
+    bench.put("go", "");
+
+    eventually("the new content", async || (bench.content("file") == "new").then_some(())).await;
+    bench.has_nothing_staged().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_whose_link_is_lost_is_told_when_it_is_back() {
+    let gateway = TestGateway::start().await;
+    let (caller, credentials) = (gateway.caller("w").await, gateway.executor("w", "box").await);
+    let proxy = Proxy::to(gateway.address()).await;
+    let url = format!("http://{}", proxy.address);
+    let executor =
+        CodexExecutor::start_with(&url, &credentials, |command, home| hook(command, home, &["sha256sum", "mv"])).await;
+    executor.seen_by(&caller, "box").await;
+    let bench = Workbench { caller, executor, credentials, gateway };
+    bench.put("file", "former");
+    bench.put("hooks/mv", wait_at(bench.executor.home()));
+
+    let caller = bench.caller.clone();
+    let edit = json!({ "path": "file", "old_string": "former", "new_string": "new" });
+    let editing = tokio::spawn(async move { caller.result("box", "edit_file", edit).await });
+    is_there(&bench.file("reached")).await;
+    proxy.shut();
+    let registry = &bench.gateway.gateway.api().corridor.registry;
+    eventually("the link is gone", async || registry.is_empty().then_some(())).await;
+    bench.put("go", "");
+    eventually("the new content", async || (bench.content("file") == "new").then_some(())).await;
+    proxy.open();
+
+    let result = editing.await.unwrap();
+    assert_eq!(result["structuredContent"]["sha256"], sha256("new"), "{result}");
+    bench.has_nothing_staged().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -18,7 +18,7 @@ use super::{Attempts, Failure, FileError, look, native};
 use crate::protocol::path::FileUri;
 use crate::protocol::rest::Ran;
 use crate::protocol::rpc::{
-    BLOCK_BYTES_MAX, Base64Bytes, FsCanonicalize, FsCreateDirectory, FsRemove, FsWriteFile, OpenMode,
+    BLOCK_BYTES_MAX, Base64Bytes, FsCanonicalize, FsCopy, FsCreateDirectory, FsRemove, FsWriteFile, OpenMode,
 };
 use crate::relay::client::{CallError, Client};
 use crate::store::Binding;
@@ -125,18 +125,22 @@ impl Staged {
     /// Makes an empty file beside `target`; with `parents` in the nearest of its directories that is there.
     ///
     /// # Errors
-    /// [`FileError`]; of a target that cannot be written: `is_a_directory`, `not_a_file`, `not_found` where its directory
-    /// is.
+    /// [`FileError`], also of a target that cannot be written: `is_a_directory`, `not_a_file`, `not_found` where its
+    /// directory is missing.
     pub(in crate::tools) async fn begin(
         site: Site<'_>,
         client: &Client,
         target: &FileUri,
         parents: bool,
     ) -> Result<Self, FileError> {
-        let directory = directory_for(client, &target.resolved(), parents).await?;
-        let staged = Self(Leftover::beside(site, client, &directory));
+        let place = Place::of(client, &target.resolved(), parents).await?;
+        let staged = Self(Leftover::beside(site, client, &place.directory));
         let (client, path) = (client.clone(), staged.path().clone());
-        staged.made_by(async move { OpenFile::open(&client, &path, OpenMode::Replace).await.map(Some) }).await
+        let making = async move {
+            place.give_mode(&client, &path).await?;
+            OpenFile::open(&client, &path, OpenMode::Replace).await.map(Some)
+        };
+        staged.made_by(making).await
     }
 
     /// Waits until the file is made. A call dropped meanwhile must not remove it before it is there.
@@ -163,11 +167,15 @@ impl Staged {
         content: &[u8],
     ) -> Result<Self, FileError> {
         if content.len() <= BLOCK_BYTES_MAX {
-            let directory = directory_for(client, &target.resolved(), parents).await?;
-            let staged = Self(Leftover::beside(site, client, &directory));
+            let place = Place::of(client, &target.resolved(), parents).await?;
+            let staged = Self(Leftover::beside(site, client, &place.directory));
             let write = FsWriteFile { path: staged.path().clone(), data_base64: Base64Bytes(content.to_vec()) };
             let client = client.clone();
-            return staged.made_by(async move { client.call(&write).await.map(|_| None) }).await;
+            let making = async move {
+                place.give_mode(&client, &write.path).await?;
+                client.call(&write).await.map(|_| None)
+            };
+            return staged.made_by(making).await;
         }
         let mut staged = Self::begin(site, client, target, parents).await?;
         let mut writing = FuturesUnordered::new();
@@ -234,26 +242,50 @@ impl Leftover {
     }
 }
 
-/// The directory to stage in: the one of the target, or of what it points to.
-async fn directory_for(client: &Client, target: &FileUri, parents: bool) -> Result<FileUri, FileError> {
-    let no_directory = || Failure::new("is_a_directory", "the path is a directory");
-    let mut directory = target.parent().ok_or_else(no_directory)?;
-    match look(client, target).await? {
-        Some(found) if found.is_directory => return Err(no_directory().into()),
-        Some(found) if !found.is_file => return Err(Failure::new("not_a_file", "not a regular file").into()),
-        Some(found) if found.is_symlink => {
-            let real = client.call(&FsCanonicalize { path: target.clone() }).await?.path;
-            return Ok(real.parent().ok_or_else(no_directory)?);
+/// Where a content is staged.
+struct Place {
+    /// The directory of the target, or of what it points to.
+    directory: FileUri,
+    /// What is replaced, if it is small: large ones are no secrets, and copying them takes its time.
+    former: Option<FileUri>,
+}
+
+impl Place {
+    async fn of(client: &Client, target: &FileUri, parents: bool) -> Result<Self, FileError> {
+        let no_directory = || Failure::new("is_a_directory", "the path is a directory");
+        let mut directory = target.parent().ok_or_else(no_directory)?;
+        match look(client, target).await? {
+            Some(found) if found.is_directory => return Err(no_directory().into()),
+            Some(found) if !found.is_file => return Err(Failure::new("not_a_file", "not a regular file").into()),
+            Some(found) => {
+                let real = match found.is_symlink {
+                    true => client.call(&FsCanonicalize { path: target.clone() }).await?.path,
+                    false => target.clone(),
+                };
+                let directory = real.parent().ok_or_else(no_directory)?;
+                return Ok(Self { directory, former: (found.size <= BLOCK_BYTES_MAX as u64).then_some(real) });
+            }
+            None => {}
         }
-        Some(_) => return Ok(directory),
-        None => {}
+        loop {
+            match look(client, &directory).await? {
+                Some(found) if found.is_directory => return Ok(Self { directory, former: None }),
+                Some(_) => return Err(Failure::new("not_a_directory", "a directory of the path is a file").into()),
+                None if parents => directory = directory.parent().ok_or_else(no_directory)?,
+                None => return Err(Failure::new("not_found", "the directory of the path does not exist").into()),
+            }
+        }
     }
-    loop {
-        match look(client, &directory).await? {
-            Some(found) if found.is_directory => return Ok(directory),
-            Some(_) => return Err(Failure::new("not_a_directory", "a directory of the path is a file").into()),
-            None if parents => directory = directory.parent().ok_or_else(no_directory)?,
-            None => return Err(Failure::new("not_found", "the directory of the path does not exist").into()),
+
+    /// Has the staged file begin as a copy of the former one: what comes into it is then never open to more people than
+    /// the file is. Executors have no call that sets a mode.
+    async fn give_mode(&self, client: &Client, path: &FileUri) -> Result<(), CallError> {
+        let Some(former) = self.former.clone() else { return Ok(()) };
+        let copy = FsCopy { source_path: former, destination_path: path.clone(), recursive: false };
+        match client.call(&copy).await {
+            // It may be one that can be written and not read.
+            Ok(_) | Err(CallError::Rpc(_)) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 }

@@ -168,6 +168,10 @@ pub(super) fn found<'a>(
     paths.sort_unstable();
     let errors = String::from_utf8_lossy(&ended.stderr);
     let unreadable = errors.lines().filter(|line| line.ends_with("Permission denied")).count();
+    // What is missing at the executor is not to look as if there were nothing to find.
+    if ended.stdout.is_empty() && errors.lines().count() > unreadable {
+        return Err(Failure::said(ended));
+    }
     Ok(Found { paths, cut: ended.stdout.len() >= bytes_max || ended.lost_bytes > 0, unreadable })
 }
 

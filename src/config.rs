@@ -261,6 +261,8 @@ config! {
         output_bytes_max: usize = 32 * 1024 * 1024 => 1..=64 * 1024 * 1024,
         /// Bytes of a file that one `PUT` of it may have.
         upload_bytes_max: u64 = 64 * 1024 * 1024 * 1024 => 1..=1024 * 1024 * 1024 * 1024,
+        /// Bytes that the files of one patch may have together, in memory.
+        patch_bytes_max: usize = 64 * 1024 * 1024 => 1..=1024 * 1024 * 1024,
         /// Time after which a call still running sends its status and then spaces, in seconds; the Python client gives up after 30 s of silence.
         keepalive_after_secs: u64 = 15 => 1..=29,
         /// Interval of those spaces, in seconds.

@@ -20,3 +20,7 @@ pub mod transfer;
 pub mod workspace;
 
 pub use exec_gateway_protocol as protocol;
+
+#[cfg(test)]
+#[path = "../protocol/fuzz/feed.rs"]
+mod feeding;

@@ -23,6 +23,7 @@ mod matrix;
 mod mcp;
 mod mcp_clients;
 mod ops;
+mod patch;
 mod registration;
 mod relink;
 mod rest;

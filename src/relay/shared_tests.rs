@@ -16,9 +16,6 @@ use crate::protocol::frame::{Body, Data, Frame, StreamId};
 use crate::protocol::ids::WorkspaceId;
 use crate::protocol::rpc::ExecutorSessionId;
 
-#[path = "../../protocol/fuzz/feed.rs"]
-mod feeding;
-
 const LIMITS: Limits =
     Limits { in_flight_max: 4, sessions_max: 8, message_bytes_max: 64 * 1024, frame_bytes_max: 4096 };
 
@@ -652,7 +649,7 @@ x{"method":"http/request/bodyDelta","params":{"requestId":"@r"}}"#,
         r#"x{"id":9,"method":"process/ask","params":{"processId":"@p"}}
 {"id":9,"result":{"deep":[[[{}]]]}}"#,
     ];
-    feeding::feed(corpus.map(|text| text.as_bytes().to_vec()).into(), 2_000, |input| {
+    crate::feeding::feed(corpus.map(|text| text.as_bytes().to_vec()).into(), 2_000, |input| {
         let mut rig = Rig::new();
         let [ours, theirs] = ["a", "b"].map(|stream| {
             rig.session(stream, stream);

@@ -2,12 +2,14 @@
 //!
 //! A tool that ran and failed is a [`ToolResult`] with `is_error`; a [`ToolError`] says that it did not get that far.
 
+mod apply_patch;
 mod command;
 mod exec_command;
 mod execution;
 mod files;
 mod list_environments;
 mod list_processes;
+mod patch;
 mod process;
 mod read_output;
 mod script;
@@ -163,6 +165,7 @@ impl Tool {
         &shell::TOOL,
         &files::READ_FILE,
         &files::WRITE_FILE,
+        &apply_patch::TOOL,
         &files::COPY_PATH,
         &exec_command::TOOL,
         &write_stdin::TOOL,
@@ -451,9 +454,22 @@ fn coded_failure(code: &str, message: String) -> ToolResult {
 
 /// The URI of a path as the caller wrote it, taken against the executor's working directory and home.
 fn resolve(environment: &EnvironmentInfo, field: &str, path: &str) -> Result<FileUri, ToolError> {
+    resolve_against(environment, field, None, path)
+}
+
+/// The same against another directory, which is itself taken so; errors name the directory by `cwd`.
+fn resolve_against(
+    environment: &EnvironmentInfo,
+    field: &str,
+    directory: Option<&str>,
+    path: &str,
+) -> Result<FileUri, ToolError> {
     let windows = environment.is_windows();
     let root = || FileUri::parse(if windows { "file:///C:/" } else { "file:///" }).expect("a literal URI");
-    let cwd = environment.cwd.clone().unwrap_or_else(root);
+    let cwd = match directory {
+        Some(directory) => resolve(environment, "cwd", directory)?,
+        None => environment.cwd.clone().unwrap_or_else(root),
+    };
     let home = environment.user_home_dir.clone().unwrap_or_else(root);
     FileUri::from_native(path, windows, &cwd, &home)
         .map_err(|error: PathError| ToolError::Arguments(format!("{field}: {error}")))

@@ -20,9 +20,11 @@ refuse() {
     eval "place=\$place_$steps saved=\$saved_$steps"
     if [ -z "$saved" ]; then
       rm -f "$place"
+    elif [ "$saved" -ef "$place" ] && [ ! -L "$saved" ]; then
+      # Two names of one file: renaming the one to the other fails, or leaves both.
+      rm -f "$saved"
     elif [ -e "$saved" ] || [ -L "$saved" ]; then
-      # Two names of one file: renaming the one to the other may leave both.
-      mv -f "$saved" "$place" && rm -f "$saved"
+      mv -f "$saved" "$place"
     fi
     steps=$((steps - 1))
   done

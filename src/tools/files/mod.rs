@@ -32,7 +32,7 @@ pub(super) use read_file::TOOL as READ_FILE;
 pub(super) use remove_path::TOOL as REMOVE_PATH;
 pub(super) use search_files::TOOL as SEARCH_FILES;
 pub(super) use stat::TOOL as STAT;
-pub(super) use write_file::TOOL as WRITE_FILE;
+pub(super) use write_file::{TOOL as WRITE_FILE, expectation};
 
 pub use copying::Copies;
 pub use stream::{Download, Upload, Uploaded};
@@ -216,7 +216,7 @@ pub(super) async fn look(client: &Client, path: &FileUri) -> Result<Option<Metad
 }
 
 /// A success: what programs read and what people and models read.
-fn answer(output: impl Serialize, text: impl Into<String>) -> ToolResult {
+pub(super) fn answer(output: impl Serialize, text: impl Into<String>) -> ToolResult {
     ToolResult { structured_content: Some(serde_json::to_value(output).expect("plain data")), ..ToolResult::text(text) }
 }
 

@@ -108,7 +108,7 @@ pub(super) fn permissions(mode: Option<String>) -> Result<Option<u32>, ToolError
 ///
 /// # Errors
 /// [`ToolError::Arguments`].
-pub(super) fn expectation(if_match: Option<String>) -> Result<Expect, ToolError> {
+pub(in crate::tools) fn expectation(if_match: Option<String>) -> Result<Expect, ToolError> {
     Ok(match if_match.as_deref() {
         None => Expect::Anything,
         Some("none") => Expect::Missing,

@@ -6,7 +6,11 @@ EXECUTOR := tests/support/node_modules/.package-lock.json
 need = @for program in $(1); do command -v "$$program" >/dev/null 2>&1 || \
 	{ echo "missing: $$program; this target needs $(1)" >&2; exit 1; }; done
 
-.PHONY: demo test check bench tools-of-test
+# Where cargo builds, and what is made of it.
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+GENERATED := $(TARGET)/release/generated
+
+.PHONY: demo test check bench package test-package tools-of-test
 
 demo:
 	$(call need,cargo cc)
@@ -22,6 +26,21 @@ check:
 bench:
 	$(call need,cargo cc)
 	cargo bench
+
+# A Debian package, $(TARGET)/debian/exec-gateway_*.deb, for the release of Debian that this runs on and later ones.
+package:
+	$(call need,cargo cc cargo-deb dpkg-shlibdeps gzip)
+	cargo build --release --locked --bin exec-gateway
+	rm -rf $(GENERATED)
+	$(TARGET)/release/exec-gateway generate man $(GENERATED)/man
+	gzip -9n $(GENERATED)/man/*
+	$(TARGET)/release/exec-gateway generate completions $(GENERATED)
+	cargo deb --no-build --locked --quiet --output $(TARGET)/debian/
+
+# Installs, upgrades and removes it in a Debian of its own, as root.
+test-package: package $(EXECUTOR)
+	$(call need,debootstrap dpkg-deb nsenter curl)
+	deploy/test-package $(TARGET)
 
 tools-of-test:
 	$(call need,cargo cc make npm)

@@ -7,6 +7,8 @@ mod args;
 mod codex;
 #[path = "exec-gateway/demo.rs"]
 mod demo;
+#[path = "exec-gateway/generate.rs"]
+mod generate;
 #[path = "exec-gateway/operate.rs"]
 mod operate;
 #[path = "exec-gateway/serve.rs"]
@@ -55,6 +57,7 @@ fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
         Command::Executor(command) => operate(common, command.into())?,
         Command::CapToken(command) => operate(common, command.into())?,
         Command::Revoke(command) => operate(common, command.into())?,
+        Command::Generate { what, directory } => generate::run(what, &directory)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -8,6 +8,8 @@ use exec_gateway::admin::Request;
 use exec_gateway::config::{Config, KNOBS, Knob};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, TokenId, TurnId, UserId, WorkspaceId};
 
+use crate::generate::Generated;
+
 /// Bridges workspaces to remote executors over WebSockets.
 #[derive(Debug, Parser)]
 #[command(name = "exec-gateway", version, arg_required_else_help = true, disable_help_subcommand = true)]
@@ -72,6 +74,14 @@ pub enum Command {
     CapToken(CapToken),
     /// Revoke the cap-tokens of a turn, or all that a workspace was given so far
     Revoke(Revoke),
+    /// Write man pages or shell completions, for packages
+    #[command(hide = true)]
+    Generate {
+        /// What to write
+        what: Generated,
+        /// Directory for the files; it is made if it is not there
+        directory: PathBuf,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -239,6 +249,11 @@ pub struct Knobs(pub Vec<(String, String)>);
 /// The knobs that have a flag of their own; `--state-dir` is common to all subcommands.
 fn flagged() -> impl Iterator<Item = (&'static Knob, String)> {
     KNOBS.iter().filter(|knob| knob.name != "state_dir").filter_map(|knob| Some((knob, knob.flag()?)))
+}
+
+/// Whether an argument is the flag of a knob.
+pub fn is_knob(arg: &Arg) -> bool {
+    flagged().any(|(knob, _)| arg.get_id() == knob.name)
 }
 
 impl Args for Knobs {

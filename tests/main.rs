@@ -19,6 +19,7 @@ mod registration;
 mod relink;
 mod rest;
 mod restart;
+mod restart_load;
 mod service;
 mod sessions;
 mod shell;

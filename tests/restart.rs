@@ -66,14 +66,14 @@ async fn who_connects_to_a_socket_that_outlives_the_gateway_is_answered_by_the_n
     let mut early = Wire::connect(held.local_addr().unwrap()).await;
     early.send("GET /healthz HTTP/1.1\r\nhost: gw\r\n\r\n").await;
 
-    let daemon = DaemonProcess::start_on(&state, &held).await;
+    let daemon = DaemonProcess::start_on(&state, &held, None).await;
 
     assert_eq!(daemon.address, held.local_addr().unwrap(), "no other address is bound");
     assert!(early.receive().await.starts_with("HTTP/1.1 200 "));
     daemon.kill().await;
     let mut late = Wire::connect(held.local_addr().unwrap()).await;
     late.send("GET /healthz HTTP/1.1\r\nhost: gw\r\n\r\n").await;
-    let _daemon = DaemonProcess::start_on(&state, &held).await;
+    let _daemon = DaemonProcess::start_on(&state, &held, None).await;
     assert!(late.receive().await.starts_with("HTTP/1.1 200 "));
 }
 

@@ -10,7 +10,7 @@ need = @for program in $(1); do command -v "$$program" >/dev/null 2>&1 || \
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 GENERATED := $(TARGET)/release/generated
 
-.PHONY: demo test check bench test-restart package test-package tools-of-test
+.PHONY: demo test check bench test-restart test-proxies package test-package tools-of-test
 
 demo:
 	$(call need,cargo cc)
@@ -31,6 +31,11 @@ bench:
 test-restart: tools-of-test $(EXECUTOR)
 	$(call need,systemd-socket-activate)
 	cargo test --release --test main restart_load -- --include-ignored --nocapture --test-threads 1
+
+# An executor, calls, events and sockets through nginx and Caddy, configured as deploy/ has it.
+test-proxies: tools-of-test $(EXECUTOR)
+	$(call need,nginx caddy openssl)
+	cargo test --test main proxies -- --ignored
 
 # A Debian package, $(TARGET)/debian/exec-gateway_*.deb, for the release of Debian that this runs on and later ones.
 package:

@@ -15,6 +15,7 @@ mod harness;
 mod limits;
 mod links;
 mod matrix;
+mod proxies;
 mod registration;
 mod relink;
 mod rest;

@@ -1,12 +1,13 @@
 //! Gateways that stop and start, executors that come and go, and operators who change their minds, on the real
 //! executor.
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use exec_gateway::admin::{Request, Response};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, TurnId, WorkspaceId};
 use serde_json::json;
+use tokio::process::Command;
 use tokio::task::JoinHandle;
 
 use crate::support::gateway::{free_address, workspace};
@@ -87,6 +88,7 @@ async fn a_call_under_way_is_finished_before_the_gateway_stops() {
 
     let operator = Caller::new(daemon.ops, None);
     assert_eq!(operator.send("GET", "/readyz", &[], "").await.status, 200);
+    assert_eq!(probe(operator.address).await, (Some(0), String::new()));
     let stopped = tokio::spawn(daemon.terminate());
     eventually("the gateway refuses new calls", async || {
         let answer = caller.tool("box", "shell", json!({ "command": ["true"] })).await;
@@ -94,6 +96,7 @@ async fn a_call_under_way_is_finished_before_the_gateway_stops() {
     })
     .await;
     assert_eq!(operator.send("GET", "/readyz", &[], "").await.status, 503);
+    assert_eq!(probe(operator.address).await, (Some(1), "exec-gateway: not ready: draining\n".to_owned()));
     std::fs::write(executor.home().join("go"), "").unwrap();
 
     let result = call.await.unwrap().json();
@@ -237,6 +240,13 @@ impl Workbench {
     fn executor_id(&self) -> ExecutorId {
         ExecutorId::new(&self.credentials.executor).unwrap()
     }
+}
+
+/// What the command line finds out about the gateway with this address for operators.
+async fn probe(ops: SocketAddr) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exec-gateway"));
+    let output = command.args(["probe", "--ops-listen", &ops.to_string()]).output().await.unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
 }
 
 /// The process id of the native executor.

@@ -59,6 +59,11 @@ pub enum Command {
         #[command(flatten)]
         knobs: Knobs,
     },
+    /// Ask the running gateway whether it takes new work; exits 1 when it does not
+    Probe {
+        #[command(flatten)]
+        knobs: Knobs,
+    },
     /// Print the effective configuration with the source of each value, secrets masked
     Config {
         #[command(flatten)]
@@ -329,7 +334,7 @@ mod tests {
         let cli = Cli::try_parse_from([&["exec-gateway"], arguments].concat()).unwrap();
         match cli.command {
             Command::Serve { knobs } | Command::Demo { knobs, .. } => knobs.0,
-            Command::Check { knobs } | Command::Config { knobs } => knobs.0,
+            Command::Check { knobs } | Command::Probe { knobs } | Command::Config { knobs } => knobs.0,
             other => panic!("{other:?} has no knobs"),
         }
     }
@@ -341,7 +346,7 @@ mod tests {
 
     #[test]
     fn every_knob_but_a_secret_has_its_flag_on_the_commands_that_need_it() {
-        for command in ["serve", "demo", "check", "config"] {
+        for command in ["serve", "demo", "check", "probe", "config"] {
             for (knob, flag) in flagged() {
                 let wanted = [(knob.name.to_string(), "text".to_string())];
                 assert_eq!(knobs_of(&[command, &format!("--{flag}"), "text"]), wanted);
@@ -361,6 +366,7 @@ mod tests {
             "serve",
             "demo",
             "check",
+            "probe",
             "config",
             "token list",
             "token revoke tok_1",

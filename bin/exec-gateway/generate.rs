@@ -139,7 +139,7 @@ fn configuration() -> Roff {
     page.control("TH", ["exec-gateway.toml", "5", "", VERSION]);
     page.control("SH", ["NAME"]).text([roman("exec-gateway.toml - configuration of exec-gateway")]);
     page.control("SH", ["DESCRIPTION"]).text([roman(
-        "A TOML file, given by --config. A flag of serve, demo, check or config wins over the environment, the \
+        "A TOML file, given by --config. A flag of serve, demo, check, probe or config wins over the environment, the \
          environment over the file, the file over the default. Lists are comma-separated outside of the file. Unknown \
          keys and variables are refused, and `exec-gateway check` prints all that is wrong. A secret has no flag.",
     )]);

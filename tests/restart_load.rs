@@ -174,7 +174,9 @@ impl Run {
         for (kind, Count { answered, again, slowest }) in &counts {
             println!("{kind:>16}: {answered:6} answered, {again:4} tried again, slowest {slowest:.2?}");
         }
-        let all: usize = counts.values().map(|count| count.answered).sum();
+        // A message to one who is attached is no call.
+        let calls = counts.iter().filter(|(kind, _)| **kind != "attached");
+        let all: usize = calls.map(|(_, count)| count.answered).sum();
         let rate = all as f64 / took.as_secs_f64();
         println!(
             "{} restarts in {took:.1?}: {all} calls, {rate:.0} a second, {} failed",

@@ -61,6 +61,7 @@ fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
         Command::CapToken(command) => operate(common, command.into())?,
         Command::Revoke(command) => operate(common, command.into())?,
         Command::Generate { what, directory } => generate::run(what, &directory)?,
+        Command::Key(command) => operate(common, command.into())?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use crate::config::Secret;
-use crate::store::{Binding, Executor, KeyPurpose, Revocation, RevocationScope, Store, StoreError, Token};
+use crate::store::{Binding, Executor, KeyPurpose, Keyring, Revocation, RevocationScope, Store, StoreError, Token};
 use crate::time::rfc3339;
 
 pub use socket::{bind_admin, execute, serve_admin, socket_in};
@@ -146,6 +146,13 @@ pub enum Request {
         /// The workspace.
         workspace: WorkspaceId,
     },
+    /// Lists the gateway's own keys by name.
+    KeyList,
+    /// Puts a new key before the one that signs now, which still verifies until the next rotation.
+    KeyRotate {
+        /// What the key signs.
+        purpose: KeyPurpose,
+    },
 }
 
 /// What a command answers. Times are RFC 3339 in UTC.
@@ -198,6 +205,8 @@ pub enum Response {
         #[serde(with = "secret_text")]
         token: Secret,
     },
+    /// The gateway's keys, without the secrets.
+    Keys(Vec<KeyEntry>),
     /// It is done, and there is nothing to tell.
     Done,
 }
@@ -225,6 +234,24 @@ pub struct TokenEntry {
     pub created_at: String,
     /// When it ends; `None` is never.
     pub expires_at: Option<String>,
+}
+
+/// The keys of one purpose in a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyEntry {
+    /// What they sign.
+    pub purpose: KeyPurpose,
+    /// Names the key that signs.
+    pub current: String,
+    /// Names the one that still verifies.
+    pub previous: Option<String>,
+}
+
+impl KeyEntry {
+    fn of(purpose: KeyPurpose, ring: &Keyring) -> Self {
+        let previous = ring.previous.as_ref().map(|key| key.kid.clone());
+        Self { purpose, current: ring.current.kid.clone(), previous }
+    }
 }
 
 /// An executor in a list.
@@ -312,6 +339,13 @@ pub enum Change {
     },
     /// Cap-tokens were revoked; the revocation is stored.
     Revoked(Revocation),
+    /// Other keys sign and verify from now on.
+    KeyRotated {
+        /// What they sign.
+        purpose: KeyPurpose,
+        /// The keys.
+        ring: Keyring,
+    },
 }
 
 /// What commands need to know of the configuration.
@@ -408,6 +442,19 @@ impl Admin {
             }
             Request::RevokeWorkspace { workspace } => {
                 self.revoke(RevocationScope::Workspace(workspace), REVOCATION_LIFE).await
+            }
+            Request::KeyList => {
+                let mut keys = Vec::new();
+                for purpose in KeyPurpose::ALL {
+                    keys.push(KeyEntry::of(purpose, &self.store.keyring(purpose).await?));
+                }
+                Ok(Response::Keys(keys))
+            }
+            Request::KeyRotate { purpose } => {
+                let ring = self.store.rotate_key(purpose).await?;
+                let entry = KeyEntry::of(purpose, &ring);
+                (self.observer)(&Change::KeyRotated { purpose, ring });
+                Ok(Response::Keys(vec![entry]))
             }
         }
     }

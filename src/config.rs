@@ -11,6 +11,7 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use ipnet::IpNet;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
@@ -112,12 +113,32 @@ config! {
         header_bytes_max: usize = 64 * 1024 => 8192..=1024 * 1024,
         /// Size of a tool call's body, in bytes.
         body_bytes_max: usize = 64 * 1024 * 1024 => 1..=1024 * 1024 * 1024,
+        /// Addresses or networks (10.0.0.0/8) of proxies whose X-Forwarded-Proto and X-Forwarded-Host are believed.
+        trusted_proxies: Vec<IpNet> = Vec::new(),
+    }
+
+    /// Encryption of the listeners. The files are read again at SIGHUP.
+    tls: TlsPaths {
+        /// PEM file with the certificate of the API and those that it is signed by. Empty: the API is served in the open.
+        certificate: Option<PathBuf> = None,
+        /// PEM file with the private key of that certificate.
+        key: Option<PathBuf> = None,
+        /// PEM file with authorities: executors then have to show a certificate of one of them. Empty: they need none.
+        executor_authorities: Option<PathBuf> = None,
+        /// The same for the operators' listener. Empty: it is served in the open.
+        ops_certificate: Option<PathBuf> = None,
+        /// PEM file with the private key of that certificate.
+        ops_key: Option<PathBuf> = None,
+        /// PEM file with authorities: whoever connects to the operators' listener then has to show a certificate of one of them.
+        ops_authorities: Option<PathBuf> = None,
     }
 
     /// Who may call and connect.
     auth: Auth {
         /// Base URL of a service that validates proxy tokens and executor credentials. Empty: the gateway's own tokens only.
         upstream_url: Option<String> = None,
+        /// PEM file with the authorities that may have signed the service's certificate, for a URL with https. Empty: those of the system.
+        upstream_authorities: Option<PathBuf> = None,
         /// Shared secret sent to that service as `X-Internal-Secret`. Better given by file or by systemd.
         upstream_secret: Option<Secret> = None,
         /// File that holds `auth.upstream_secret`. With neither given: `$CREDENTIALS_DIRECTORY/upstream_secret`, as systemd passes it.
@@ -196,12 +217,18 @@ config! {
         spill_memory_bytes_max: usize = 1024 * 1024 => 64 * 1024..=256 * 1024 * 1024,
         /// Bytes for one slow harness stream kept on disk; past it the stream is reset.
         spill_bytes_max: u64 = 64 * 1024 * 1024 => 0..=1024 * 1024 * 1024 * 1024,
+        /// How long a stream waits for its harness whose socket broke, in seconds, but not past dead_secs; 0 ends it at once.
+        comeback_wait_secs: u64 = 30 => 0..=600,
+        /// Newest bytes written to one harness in relay frames that are kept for its way back.
+        comeback_bytes_max: usize = 1024 * 1024 => 0..=256 * 1024 * 1024,
         /// Size of one frame to or from an encrypted executor, in bytes; executors take 262144.
         frame_bytes_max: usize = 256 * 1024 => 4096..=262_144,
         /// Size of one JSON-RPC message, in bytes; executors take 67108864.
         message_bytes_max: usize = 64 * 1024 * 1024 => 4096..=67_108_864,
         /// Size of one frame from an executor without relay frames, in bytes: such executors send a whole answer in one.
         json_frame_bytes_max: usize = 96 * 1024 * 1024 => 65_536..=1024 * 1024 * 1024,
+        /// How long, after a restart of the gateway, processes on such an executor wait for their callers before they are ended, in seconds; executors keep a session for 80.
+        adopt_secs: u64 = 80 => 1..=80,
         /// Sessions of callers on such an executor, those included that wait to be taken up again.
         sessions_max: usize = 512 => 1..=65_536,
         /// Read buffer of one executor's socket, in bytes.
@@ -279,6 +306,43 @@ config! {
     }
 }
 
+impl TlsPaths {
+    /// The files of the API's TLS, if it has any.
+    pub fn api(&self) -> Option<TlsFiles> {
+        TlsFiles::of(&self.certificate, &self.key, &self.executor_authorities, false)
+    }
+
+    /// Those of the operators' listener.
+    pub fn ops(&self) -> Option<TlsFiles> {
+        TlsFiles::of(&self.ops_certificate, &self.ops_key, &self.ops_authorities, true)
+    }
+}
+
+/// The files of one listener's TLS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// PEM: the certificate, then those that it is signed by.
+    pub certificate: PathBuf,
+    /// PEM: its private key.
+    pub key: PathBuf,
+    /// PEM: who may have signed the certificates of clients.
+    pub authorities: Option<PathBuf>,
+    /// Whether a client without a certificate is refused at once, rather than at the doors that ask for one.
+    pub required: bool,
+}
+
+impl TlsFiles {
+    fn of(
+        certificate: &Option<PathBuf>,
+        key: &Option<PathBuf>,
+        authorities: &Option<PathBuf>,
+        required: bool,
+    ) -> Option<Self> {
+        let (certificate, key) = (certificate.clone()?, key.clone()?);
+        Some(Self { certificate, key, authorities: authorities.clone(), required })
+    }
+}
+
 impl Config {
     /// All that is wrong with these values, in the order of the table; empty when a gateway can start with them.
     pub fn validate(&self) -> Vec<Fault> {
@@ -313,11 +377,6 @@ impl Config {
         if let Some(url) = &self.auth.upstream_url {
             if let Err(message) = check_url(url, &["http", "https"]) {
                 wrong("auth.upstream_url", &message);
-            } else if scheme(url) == "https" {
-                wrong(
-                    "auth.upstream_url",
-                    "https is not supported yet; reach the service over http on a private network",
-                );
             }
             if self.auth.upstream_secret.is_none() {
                 wrong("auth.upstream_secret", "is needed with auth.upstream_url; it or its file is not given");
@@ -337,6 +396,35 @@ impl Config {
 
         if self.auth.shared_secret.as_ref().is_some_and(|secret| secret.expose().contains(' ')) {
             wrong("auth.shared_secret", "has a blank in it, which no bearer token has");
+        }
+
+        let tls = &self.tls;
+        for (certificate, key, authorities, certificate_knob, key_knob, authorities_knob) in [
+            (
+                &tls.certificate,
+                &tls.key,
+                &tls.executor_authorities,
+                "tls.certificate",
+                "tls.key",
+                "tls.executor_authorities",
+            ),
+            (
+                &tls.ops_certificate,
+                &tls.ops_key,
+                &tls.ops_authorities,
+                "tls.ops_certificate",
+                "tls.ops_key",
+                "tls.ops_authorities",
+            ),
+        ] {
+            match (certificate, key) {
+                (Some(_), None) => wrong(key_knob, &format!("is needed with {certificate_knob}")),
+                (None, Some(_)) => wrong(certificate_knob, &format!("is needed with {key_knob}")),
+                (None, None) if authorities.is_some() => {
+                    wrong(authorities_knob, &format!("means nothing without {certificate_knob}"))
+                }
+                _ => {}
+            }
         }
 
         if self.link.dead_secs <= self.link.ping_secs {
@@ -586,7 +674,7 @@ mod tests {
     }
 
     #[test]
-    fn the_upstream_needs_plain_http_and_a_secret_that_fits_a_header() {
+    fn the_upstream_needs_a_web_address_and_a_secret_that_fits_a_header() {
         let upstream = |url: &str, secret: Option<&str>| {
             places(|config| {
                 config.auth.upstream_url = Some(url.into());
@@ -594,7 +682,8 @@ mod tests {
             })
         };
         assert_eq!(upstream("http://upstream.test", Some("s3cret")), Vec::<String>::new());
-        assert_eq!(upstream("https://upstream.test", Some("s3cret")), ["auth.upstream_url"]);
+        assert_eq!(upstream("https://upstream.test", Some("s3cret")), Vec::<String>::new());
+        assert_eq!(upstream("ftp://upstream.test", Some("s3cret")), ["auth.upstream_url"]);
         assert_eq!(upstream("http://upstream.test", None), ["auth.upstream_secret"]);
         assert_eq!(upstream("http://upstream.test", Some("line\nbreak")), ["auth.upstream_secret"]);
     }

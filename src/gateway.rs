@@ -15,6 +15,7 @@ use std::time::{Duration, SystemTime};
 
 use hyper::Request;
 use hyper::body::Incoming;
+use serde_json::json;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -25,6 +26,7 @@ use crate::api::Api;
 use crate::auth::{Auth, AuthStartError};
 use crate::config::{Config, NoStateDir};
 use crate::edge::listener::Listener;
+use crate::edge::tls::{Tls, TlsError};
 use crate::ops::health::Health;
 use crate::ops::metrics::{Metrics, Reading, Readings, Value};
 use crate::protocol::ids::ExecutorId;
@@ -33,6 +35,7 @@ use crate::relay::link::CloseReason;
 use crate::relay::noise::{GatewayIdentity, NoiseError};
 use crate::session::Sessions;
 use crate::store::{RevocationScope, StateLock, Store, StoreError};
+use crate::time::rfc3339;
 use crate::workspace::Corridor;
 use crate::workspace::cache::Workspaces;
 
@@ -53,6 +56,9 @@ const SESSIONS_CLOSE: Duration = Duration::from_secs(5);
 
 /// How long links may take to say farewell.
 const LINKS_CLOSE: Duration = Duration::from_secs(5);
+
+/// Links and workspaces that an overview lists; of more it tells the number.
+const OVERVIEW_ENTRIES_MAX: usize = 1000;
 
 /// How long those may take to be answered who connected last.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -77,6 +83,9 @@ pub enum StartError {
     /// No keys for encrypted streams.
     #[error(transparent)]
     Noise(#[from] NoiseError),
+    /// Certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// An address cannot be listened on.
     #[error("cannot listen on {address}")]
     Listen {
@@ -101,6 +110,7 @@ pub struct Gateway {
     acceptors: TaskTracker,
     ops_accepting: CancellationToken,
     ops_acceptors: TaskTracker,
+    tls: Vec<Arc<Tls>>,
     _lock: StateLock,
 }
 
@@ -150,6 +160,8 @@ impl Gateway {
             endings: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
+        let (tls, ops_tls) = (config.tls.api().map(Tls::new).transpose()?, config.tls.ops().map(Tls::new).transpose()?);
+        let (tls, ops_tls) = (tls.map(Arc::new), ops_tls.map(Arc::new));
         let metrics = Arc::new(Metrics::default());
         let workspaces = Arc::new(Workspaces::new(corridor.clone()));
         let sessions = Sessions::restore(
@@ -183,14 +195,19 @@ impl Gateway {
             address: crate::admin::socket_in(&state_dir).display().to_string(),
             source,
         })?;
-        let health =
-            Arc::new(Health { store, registry: metrics.registry(readings(&api)), serving: AtomicBool::new(true) });
+        let health = Arc::new(Health {
+            store,
+            registry: metrics.registry(readings(&api)),
+            serving: AtomicBool::new(true),
+            troubles: Box::new(asking(&api, troubles)),
+            state: Box::new(asking(&api, overview)),
+        });
 
         let service = {
             let api = api.clone();
             move |request: Request<Incoming>| api.clone().answer(request)
         };
-        let listener = Listener::new(config.edge.clone(), service);
+        let listener = Listener::new(config.edge.clone(), tls.clone(), service);
         let (accepting, acceptors) = (CancellationToken::new(), TaskTracker::new());
         for socket in sockets {
             acceptors.spawn(listener.clone().accept(socket, accepting.clone()));
@@ -198,7 +215,7 @@ impl Gateway {
         let ops_listener = {
             let health = health.clone();
             let service = move |request: Request<Incoming>| health.clone().answer(request);
-            Listener::new(config.edge.clone(), service)
+            Listener::new(config.edge.clone(), ops_tls.clone(), service)
         };
         let (ops_accepting, ops_acceptors) = (CancellationToken::new(), TaskTracker::new());
         ops_acceptors.spawn(ops_listener.accept(ops_socket, ops_accepting.clone()));
@@ -220,6 +237,7 @@ impl Gateway {
             acceptors,
             ops_accepting,
             ops_acceptors,
+            tls: tls.into_iter().chain(ops_tls).collect(),
             _lock: lock,
         })
     }
@@ -242,6 +260,11 @@ impl Gateway {
     /// Operator commands, as the admin socket carries them out.
     pub fn admin(&self) -> &Arc<Admin> {
         &self.admin
+    }
+
+    /// What can be had anew from files while the gateway runs.
+    pub fn reloading(&self) -> Reloading {
+        Reloading { tls: self.tls.clone() }
     }
 
     /// Serves until `stop` is ready, then drains: callers stop before what they depend on.
@@ -298,6 +321,21 @@ impl Gateway {
         self.ops_acceptors.close();
         self.ops_acceptors.wait().await;
         tracing::info!("stopped");
+    }
+}
+
+/// What a running gateway reads from its files again.
+pub struct Reloading {
+    tls: Vec<Arc<Tls>>,
+}
+
+impl Reloading {
+    /// Reads certificates and keys of TLS again, for connections from now on.
+    ///
+    /// # Errors
+    /// [`TlsError`] of the first listener whose files cannot be used; it goes on with what it has.
+    pub fn reload(&self) -> Result<(), TlsError> {
+        self.tls.iter().try_for_each(|tls| tls.reload())
     }
 }
 
@@ -365,6 +403,7 @@ fn apply(api: &Api, change: &Change) {
                 workspace.resolver.invalidate();
             }
         }
+        Change::KeyRotated { purpose, ring } => api.corridor.auth.use_keys(*purpose, ring.clone()),
         Change::Revoked(revocation) => {
             api.corridor.auth.cap_tokens().apply(revocation);
             if let RevocationScope::Workspace(id) = &revocation.scope {
@@ -420,10 +459,57 @@ async fn record_connected(api: &Api) {
     }
 }
 
-fn readings(api: &Arc<Api>) -> Readings {
+/// Asks the parts without keeping them alive.
+fn asking<T: Default>(
+    api: &Arc<Api>,
+    ask: impl Fn(&Api) -> T + Send + Sync + 'static,
+) -> impl Fn() -> T + Send + Sync + 'static {
     let api = Arc::downgrade(api);
-    Arc::new(move || {
-        let Some(api) = api.upgrade() else { return Vec::new() };
+    move || api.upgrade().map(|api| ask(&api)).unwrap_or_default()
+}
+
+/// What keeps this gateway from its work, beside the store and the drain.
+fn troubles(api: &Api) -> Vec<&'static str> {
+    let mut troubles = Vec::new();
+    if api.corridor.auth.proxy_tokens().is_upstream_down() {
+        troubles.push("the validator upstream does not answer, and what was known of tokens is too old");
+    }
+    troubles
+}
+
+/// What there is at this moment, for operators who look into a running gateway.
+fn overview(api: &Api) -> serde_json::Value {
+    let (known, refused) = api.corridor.auth.proxy_tokens().remembered();
+    let links = api.corridor.registry.overview(OVERVIEW_ENTRIES_MAX).into_iter().map(|link| {
+        json!({
+            "executor": link.executor,
+            "transport": link.transport.name(),
+            "connected_at": rfc3339(link.since),
+            "silent_ms": link.silence.as_millis() as u64,
+            "streams": link.streams,
+        })
+    });
+    let workspaces = api.workspaces.all().into_iter().take(OVERVIEW_ENTRIES_MAX).map(|workspace| {
+        json!({
+            "workspace": workspace.id(),
+            "calls": workspace.calls(),
+            "sessions": api.sessions.of(workspace.id()).len(),
+        })
+    });
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "draining": api.draining.is_cancelled(),
+        "links": { "count": api.corridor.registry.len(), "some": links.collect::<Vec<_>>() },
+        "workspaces": { "count": api.workspaces.len(), "some": workspaces.collect::<Vec<_>>() },
+        "sessions": { "count": api.sessions.len() },
+        "sockets": { "executors": api.links.len(), "callers": api.sockets.len() },
+        "tokens": { "known": known, "refused": refused },
+        "tasks": tokio::runtime::Handle::current().metrics().num_alive_tasks(),
+    })
+}
+
+fn readings(api: &Arc<Api>) -> Readings {
+    Arc::new(asking(api, |api| {
         let tokens = api.corridor.auth.counters().snapshot();
         let counter = |name, help, value| Reading { name, help, value: Value::Counter(value) };
         let gauge = |name, help, value: usize| Reading { name, help, value: Value::Gauge(value as u64) };
@@ -440,5 +526,5 @@ fn readings(api: &Arc<Api>) -> Readings {
             counter("upstream_requests", "Questions to the validator upstream", tokens.upstream_requests),
             counter("upstream_failures", "Questions the validator upstream did not answer", tokens.upstream_failures),
         ]
-    })
+    }))
 }

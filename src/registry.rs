@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::protocol::ids::{ExecutorId, RegistrationId, WorkspaceId};
 use crate::relay::link::{CloseReason, LinkHandle};
 use crate::relay::shared::Shared;
-use crate::store::Binding;
+use crate::store::{Binding, Transport};
 
 /// All connected executors of this gateway.
 #[derive(Debug)]
@@ -46,6 +46,21 @@ pub struct Presence {
     pub since: SystemTime,
     /// When it was last heard.
     pub heard: SystemTime,
+}
+
+/// One link as operators see it.
+#[derive(Debug, Clone)]
+pub struct LinkOverview {
+    /// Whose it is.
+    pub executor: ExecutorId,
+    /// How it is spoken to.
+    pub transport: Transport,
+    /// When it connected.
+    pub since: SystemTime,
+    /// How long it has said nothing.
+    pub silence: Duration,
+    /// Open streams.
+    pub streams: usize,
 }
 
 /// The executor has no link and none came in time.
@@ -103,6 +118,20 @@ impl Registry {
             }
         };
         tokio::time::timeout(wait, arrival).await.map_err(|_| NotConnected)
+    }
+
+    /// What operators see of the links, at most `max` of them, in no order.
+    pub fn overview(&self, max: usize) -> Vec<LinkOverview> {
+        let links = self.links.iter().take(max);
+        links
+            .map(|connected| LinkOverview {
+                executor: connected.link.executor().clone(),
+                transport: connected.link.registration().transport,
+                since: connected.since,
+                silence: connected.link.silence(),
+                streams: connected.link.streams(),
+            })
+            .collect()
     }
 
     /// The live link of an executor for those who admit or end its sockets.

@@ -1,24 +1,63 @@
 //! Harnesses that may not, that talk nonsense, that leave or are left, and whose right ends: what becomes of them, and
 //! that nobody else notices.
+//!
+//! Where each check of the original's door (connectors-api.md §2.4) and each of its faults in tokens and on the data
+//! path (§10, 18 to 44) has its test, here unless a file is named; names are cut where the first words tell:
+//!
+//! | of the original | test |
+//! |---|---|
+//! | checks 1 to 4, 6: credential, revoked turn, no socket | `who_may_not_open_a_socket_…` |
+//! | check 5: ownership; it cannot be looked up | `executors_of_others_…`, `a_right_that_cannot_be_looked_up_…` |
+//! | check 7: no origin check, no read limit | `a_browser_of_any_origin_…`, `a_message_that_is_too_large_…` |
+//! | check 9: first frame | `first_words_that_make_no_harness_…` |
+//! | equal stream ids, frames of others, text, no frames | `a_stream_id_in_use_…`, `frames_that_are_torn_…` |
+//! | ping | `a_harness_that_answers_no_ping_…` |
+//! | 18 a token that is minted once | unit tests of `auth::cap_token` |
+//! | 19 revocations | `what_was_revoked_…`, `a_workspace_that_was_…`, `revoking_…` |
+//! | 20 claims, key rotation | unit tests of `auth::cap_token` |
+//! | 21 empty secret, binding anything | compat: `a_door_without_its_secret_…`, `binding_says_what_is_wrong_…` |
+//! | 22 one secret for two ends, tickets in logs | links: `a_ticket_that_…`; cli: `no_line_of_the_log_…` |
+//! | 23 register while the validator is down | registration: `a_register_while_…`, `somebody_elses_…` |
+//! | 24 doors without a credential | registration: `a_register_without_…`; `an_authorization_opens_for_…` |
+//! | 25 forged Host | registration: `a_hostile_host_…`, `the_configured_url_wins_…` |
+//! | 27 one slow reader | harness: `a_harness_that_reads_later_…`; links: `an_executor_that_never_reads_…` |
+//! | 28 sizes, half-open sockets | limits; `a_message_that_is_too_large_…`; links: `a_frame_past_the_bound_…` |
+//! | 29 no reset | `the_executor_is_told_when_…` |
+//! | 30 reconnect race | links: `the_end_of_old_links_…` |
+//! | 31 dead peers | links: `an_executor_that_answers_no_ping_…`; `a_harness_that_answers_no_ping_…` |
+//! | 32 unbinding | `unbinding_ends_…`; restart: `unbinding_ends_…`; tenancy: `one_executor_serves_…` |
+//! | 33 what does not decode, no first frame | `frames_that_are_torn_…`, `first_words_that_make_no_harness_…` |
+//! | 34 segments, shared dials, notifications | matrix: `a_message_that_a_…`; tenancy: `a_first_caller_…`; shell |
+//! | 35 calls that leave by the public URL | registration: `a_public_url_that_leads_nowhere_…` |
+//! | 36 nothing is evicted | tenancy: `an_idle_workspace_…`, `a_workspace_is_built_once_…` |
+//! | 37 no resume | relink; harness: `a_plain_harness_resumes_…`, `a_harness_whose_socket_is_cut_…` |
+//! | 38 state in memory | restart: `the_same_executor_is_back_…`; sessions: `nothing_is_lost_…`; codex_harness |
+//! | 39 health, request ids | ops: `a_gateway_whose_store_is_away_…`; rest: `every_answer_carries_…` |
+//! | 40 configuration | cli: `check_names_every_fault_…`, `config_names_the_source_…` |
+//! | 41 unknown names | `workspace::resolver`; rest: `an_unknown_environment_…` |
+//! | 42 defaults, names | store: `a_workspace_has_one_default_…`; compat: `binding_says_what_is_wrong_…` |
+//! | 43 deleting | `deleting_an_executor_…`; compat: `a_machine_is_registered_…` |
+//! | 44 last seen | restart: `after_a_crash_…`; compat: `an_executor_that_left_…` |
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use exec_gateway::admin::{Request, Response};
+use exec_gateway::ops::metrics::OutcomeLabel;
 use exec_gateway::protocol::cap_token::{self, CapClaims};
 use exec_gateway::protocol::frame::{Body, Data, Frame, StreamId};
 use exec_gateway::protocol::harness_token::{self, HarnessClaims, KeyDigest};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, RegistrationId, TurnId, WorkspaceId};
 use exec_gateway::protocol::rest::ConnectResponse;
-use exec_gateway::store::KeyPurpose;
-use futures_util::SinkExt;
+use exec_gateway::store::{KeyPurpose, path_in};
+use futures_util::{SinkExt, StreamExt};
 use serde_json::json;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::harness::TONGUES;
 use crate::links::{HANDSHAKE, Scene};
-use crate::support::harness::{HarnessKeys, connect, dial};
-use crate::support::{Answer, Caller, Harness, Reply, TestGateway, Tongue, eventually};
+use crate::support::harness::{Farewell, HarnessKeys, connect, dial};
+use crate::support::{Answer, Caller, Harness, Reply, TestGateway, Tongue, Wire, eventually};
 
 const ENDED: (u16, &str) = (1008, "the right to this executor has ended");
 
@@ -134,6 +173,9 @@ async fn who_may_not_open_a_socket_is_told_in_the_words_of_the_original() {
     let upgrade = async |caller: &Caller, path: &str| caller.send("GET", path, &HANDSHAKE, "").await;
 
     assert_refused(&upgrade(&gateway.stranger(), &path).await, 401, "missing Bearer");
+    assert_refused(&upgrade(&gateway.stranger(), &format!("{path}?token=")).await, 401, "missing Bearer");
+    assert_refused(&upgrade(&scene.bearing(String::new()), &path).await, 401, "missing Bearer");
+    assert_eq!(upgrade(&scene.caller, "/bridge/").await.status, 404);
     assert_refused(&upgrade(&scene.bearing("junk".into()), &path).await, 401, "unauthorized");
     let expired = scene.cap_token("turn", -1).await;
     assert_refused(&upgrade(&scene.bearing(expired), &path).await, 401, "token expired");
@@ -153,6 +195,33 @@ async fn who_may_not_open_a_socket_is_told_in_the_words_of_the_original() {
 }
 
 #[tokio::test]
+async fn a_connection_that_asked_for_the_way_to_an_executor_ends_with_any_answer() {
+    let scene = Scene::with(|config| config.edge.idle_timeout_secs = 3600).await;
+    let offline = scene.gateway.executor("w", "offline").await.executor;
+    let foreign = scene.gateway.executor("other", "box").await.executor;
+    let good = json!({ "harness_public_key": HarnessKeys::new().public() }).to_string();
+    let token = scene.caller.token.as_deref().unwrap();
+    for (executor, token, body, status) in [
+        (&scene.credentials.executor, token, good.as_str(), 200),
+        (&scene.credentials.executor, token, "{}", 400),
+        (&scene.credentials.executor, "junk", &good, 401),
+        (&foreign, token, &good, 403),
+        (&offline, token, &good, 503),
+    ] {
+        let mut wire = Wire::connect(scene.gateway.address()).await;
+        wire.send(&format!(
+            "POST /cloud/environment/{executor}/connect HTTP/1.1\r\nhost: gw\r\nauthorization: Bearer {token}\r\n\
+             content-length: {}\r\n\r\n{body}",
+            body.len()
+        ))
+        .await;
+        let answer = wire.until_closed().await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+        assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn executors_of_others_answer_as_ones_that_do_not_exist() {
     let scene = Scene::start().await;
     let foreign = scene.gateway.executor("other", "box").await;
@@ -165,6 +234,52 @@ async fn executors_of_others_answer_as_ones_that_do_not_exist() {
         answers.push((answer.headers, answer.body));
     }
     assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+}
+
+#[tokio::test]
+async fn a_right_that_cannot_be_looked_up_is_neither_granted_nor_refused() {
+    let scene = Scene::start().await;
+    // Nobody has asked for the environments of this workspace before, and its cap-token takes no look at the store.
+    let caller = scene.bearing(scene.cap_token("turn", 600).await);
+    let store = rusqlite::Connection::open(path_in(scene.gateway.state.path())).unwrap();
+    store.execute_batch("ALTER TABLE bindings RENAME TO away").unwrap();
+    assert_eq!(dial(&caller, &scene.door()).await.err().unwrap().0, 503);
+    store.execute_batch("ALTER TABLE away RENAME TO bindings").unwrap();
+    eventually("the right is known again", async || dial(&caller, &scene.door()).await.ok()).await;
+}
+
+#[tokio::test]
+async fn a_browser_of_any_origin_comes_in_by_its_sub_protocol() {
+    let scene = Scene::start().await;
+    let offered = format!("bearer.{}", scene.caller.token.as_deref().unwrap());
+    let mut headers = HANDSHAKE.to_vec();
+    headers.extend([("origin", "https://elsewhere.example"), ("sec-websocket-protocol", offered.as_str())]);
+    let answer = scene.gateway.stranger().request("GET", &scene.door(), &headers, "").await.unwrap();
+    assert_eq!(answer.status(), 101);
+    assert_eq!(answer.headers()["sec-websocket-protocol"], offered);
+}
+
+#[tokio::test]
+async fn a_harness_that_answers_no_ping_for_too_long_is_gone() {
+    let scene = Scene::with(|config| (config.link.ping_secs, config.link.dead_secs) = (1, 2)).await;
+    let silent = scene.harnesses(&scene.caller).await;
+    let ends = &scene.gateway.gateway.api().metrics.harnesses_ended;
+    let mut talking = scene.harness(&scene.caller, Tongue::Frames).await;
+    let gone = async {
+        eventually("all silent ones are gone", async || {
+            (ends.get_or_create(&OutcomeLabel { outcome: "silent" }).get() == silent.len() as u64).then_some(())
+        })
+        .await;
+    };
+    let mut gone = std::pin::pin!(gone);
+    loop {
+        tokio::select! {
+            () = &mut gone => break,
+            () = assert_lives(&mut talking) => {}
+        }
+    }
+    assert_lives(&mut talking).await;
+    assert!(!scene.link.is_ended());
 }
 
 #[tokio::test]
@@ -340,13 +455,14 @@ async fn a_million_tiny_frames_pass_while_the_neighbours_are_served() {
             }
             assert_lives(&mut harness).await;
         };
-        let mut flood = std::pin::pin!(flood);
+        let (mut flood, mut served) = (std::pin::pin!(flood), 0);
         loop {
             tokio::select! {
                 () = &mut flood => break,
-                () = assert_lives(&mut neighbour) => {}
+                () = assert_lives(&mut neighbour) => served += 1,
             }
         }
+        assert!(served > 10, "{tongue:?}: {served}");
     }
 }
 
@@ -425,11 +541,142 @@ async fn a_handshake_that_fails_after_its_harness_has_left_counts() {
 
 #[tokio::test]
 async fn the_executor_is_told_when_a_harness_leaves() {
-    let scene = Scene::start().await;
+    // Who leaves with a farewell is not waited for, and the others this long.
+    let scene = Scene::with(|config| config.link.comeback_wait_secs = 600).await;
     for (left, tongue) in (1..).zip(TONGUES) {
-        drop(scene.harness(&scene.caller, tongue).await);
+        let mut harness = scene.harness(&scene.caller, tongue).await;
+        harness.socket.close(None).await.unwrap();
         eventually("the stream is reset", async || (scene.executor.asked("reset") == left).then_some(())).await;
     }
+}
+
+/// Breaks the harness's socket without a farewell.
+async fn cut(harness: &mut Harness) {
+    use tokio::io::AsyncWriteExt;
+    harness.socket.get_mut().shutdown().await.unwrap();
+}
+
+const UNRESUMABLE: (u16, &str) = (1013, "the stream cannot be resumed");
+
+async fn assert_unresumable(came_back: Result<(), Farewell>) {
+    let farewell = came_back.expect_err("it has no way back").expect("a farewell");
+    assert_eq!((u16::from(farewell.code), &*farewell.reason), UNRESUMABLE);
+}
+
+#[tokio::test]
+async fn a_stream_that_waits_is_taken_up_by_its_own_harness_alone() {
+    let scene = Scene::with(|config| config.link.comeback_wait_secs = 600).await;
+    let (sharer, colleague) = (scene.sharer().await, scene.gateway.caller("w").await);
+    for tongue in [Tongue::Frames, Tongue::Encrypted] {
+        let mut harness = scene.harness(&scene.caller, tongue).await;
+        cut(&mut harness).await;
+        let stranger = scene.gateway.stranger();
+        let others = [
+            // Another workspace, another credential of its own, and with either another harness's key.
+            (sharer.clone(), scene.door()),
+            (colleague.clone(), scene.door()),
+            (stranger.clone(), scene.way(&sharer).await.2),
+            (stranger.clone(), scene.way(&colleague).await.2),
+            (stranger, scene.way(&scene.caller).await.2),
+        ];
+        for (caller, path) in &others {
+            assert_unresumable(harness.come_back_as(caller, path).await).await;
+        }
+        // Its own credential opens no other stream.
+        let stream = std::mem::replace(&mut harness.stream, StreamId::new("other").unwrap());
+        assert_unresumable(harness.come_back().await).await;
+        harness.stream = stream;
+        harness.come_back().await.unwrap();
+        assert_lives(&mut harness).await;
+    }
+    assert_eq!(scene.executor.asked("reset"), 0);
+}
+
+#[tokio::test]
+async fn a_harness_that_comes_back_before_its_socket_is_known_to_be_dead_takes_its_stream_along() {
+    let scene = Scene::start().await;
+    for tongue in [Tongue::Frames, Tongue::Encrypted] {
+        let mut harness = scene.harness(&scene.caller, tongue).await;
+        let (caller, path) = harness.way.clone().unwrap();
+        let former = std::mem::replace(&mut harness.socket, dial(&caller, &path).await.unwrap());
+        harness.come_back().await.unwrap();
+        assert_lives(&mut harness).await;
+        let mut former = Harness::plain(former, Tongue::Frames);
+        assert!(former.farewell().await.is_none(), "it is closed");
+    }
+    assert_eq!(scene.executor.asked("reset"), 0);
+}
+
+#[tokio::test]
+async fn a_harness_that_does_not_come_back_in_time_is_told_that_its_stream_has_ended() {
+    let scene = Scene::with(|config| config.link.comeback_wait_secs = 1).await;
+    for (ended, tongue) in (1..).zip([Tongue::Frames, Tongue::Encrypted]) {
+        let mut harness = scene.harness(&scene.caller, tongue).await;
+        cut(&mut harness).await;
+        eventually("the stream is reset", async || (scene.executor.asked("reset") == ended).then_some(())).await;
+        assert_unresumable(harness.come_back().await).await;
+    }
+}
+
+#[tokio::test]
+async fn a_harness_that_lacks_more_than_is_kept_is_told_that_its_stream_has_ended() {
+    let scene = Scene::with(|config| config.link.comeback_bytes_max = 0).await;
+    for (ended, tongue) in (1..).zip([Tongue::Frames, Tongue::Encrypted]) {
+        let mut harness = scene.harness(&scene.caller, tongue).await;
+        harness.say(&json!({ "id": 7, "method": "fs/getMetadata", "params": { "path": "file:///a" } })).await;
+        // Not heard: it was written to the socket that breaks now.
+        harness.socket.next().await.unwrap().unwrap();
+        cut(&mut harness).await;
+        assert_unresumable(harness.come_back().await).await;
+        eventually("the stream is reset", async || (scene.executor.asked("reset") == ended).then_some(())).await;
+    }
+}
+
+#[tokio::test]
+async fn an_encrypted_harness_that_begins_anew_lets_its_former_stream_go() {
+    // Its executor session is attached to that stream; stock harnesses resume the session on a new one.
+    let scene = Scene::with(|config| config.link.comeback_wait_secs = 600).await;
+    let (keys, way, path) = scene.way(&scene.caller).await;
+    let open = async || {
+        let socket = dial(&scene.gateway.stranger(), &path).await.unwrap();
+        let mut harness = Harness::shake_hands(socket, &keys, &way).await.unwrap();
+        harness.initialize(None).await.unwrap();
+        harness
+    };
+    let mut former = open().await;
+    cut(&mut former).await;
+    let mut harness = open().await;
+    eventually("the former stream is reset", async || (scene.executor.asked("reset") == 1).then_some(())).await;
+    assert_lives(&mut harness).await;
+    let caller = scene.gateway.stranger();
+    assert_unresumable(former.come_back_as(&caller, &path).await).await;
+}
+
+#[tokio::test]
+async fn the_right_to_a_stream_ends_while_it_waits() {
+    let scene = Scene::with(|config| config.link.comeback_wait_secs = 600).await;
+    let (leaver, id) = scene.gateway.caller_and_token("w").await;
+    for tongue in [Tongue::Frames, Tongue::Encrypted] {
+        cut(&mut scene.harness(&leaver, tongue).await).await;
+    }
+    assert_eq!(scene.executor.asked("reset"), 0);
+    scene.gateway.admin(Request::TokenRevoke { id }).await;
+    eventually("both streams are reset", async || (scene.executor.asked("reset") == 2).then_some(())).await;
+    scene.all_have_left().await;
+}
+
+#[tokio::test]
+async fn streams_that_wait_leave_half_of_the_places_to_others() {
+    let scene = Scene::with(|config| {
+        config.link.comeback_wait_secs = 600;
+        config.link.workspace_streams_max = 4;
+    })
+    .await;
+    for _ in 0..6 {
+        cut(&mut scene.harness(&scene.caller, Tongue::Frames).await).await;
+    }
+    eventually("the others were reset", async || (scene.executor.asked("reset") == 4).then_some(())).await;
+    assert_lives(&mut scene.harness(&scene.caller, Tongue::Encrypted).await).await;
 }
 
 #[tokio::test]
@@ -600,4 +847,31 @@ async fn what_was_revoked_stays_so_after_a_restart() {
     assert_eq!(dial(&again(&leaver), &door).await.err().unwrap(), (401, "unauthorized\n".into()));
     assert_eq!(dial(&again(&turn), &door).await.err().unwrap(), (401, "turn revoked\n".into()));
     assert_eq!(dial(&gateway.stranger(), &way).await.err().unwrap(), (401, "unauthorized\n".into()));
+}
+
+#[tokio::test]
+async fn a_workspace_that_was_revoked_stays_so_after_a_restart_and_its_later_cap_tokens_open() {
+    let scene = Scene::start().await;
+    let (door, workspace) = (scene.door(), WorkspaceId::new("w").unwrap());
+    let revoked = [scene.cap_token("one", 600).await, scene.cap_token("another", 600).await];
+    let way = scene.way(&scene.bearing(revoked[0].clone())).await.2;
+    scene.gateway.admin(Request::RevokeWorkspace { workspace: workspace.clone() }).await;
+    let state = scene.gateway.state.clone();
+    drop(scene);
+
+    let gateway = TestGateway::on(state, |_| {}).await;
+    let bearing = |token: String| Caller::new(gateway.address(), Some(token));
+    for token in revoked {
+        assert_eq!(dial(&bearing(token), &door).await.err().unwrap(), (401, "turn revoked\n".into()));
+    }
+    assert_eq!(dial(&gateway.stranger(), &way).await.err().unwrap(), (401, "turn revoked\n".into()));
+    // Both times are in seconds: one of the same second may be from before.
+    let ttl = Duration::from_secs(600);
+    let answer = eventually("a later one opens", async || {
+        let mint = Request::CapToken { workspace: workspace.clone(), turn: None, user: None, ttl };
+        let Response::CapToken { token } = gateway.admin(mint).await else { panic!("no cap-token") };
+        dial(&bearing(token.expose().to_owned()), &door).await.err().filter(|(status, _)| *status != 401)
+    })
+    .await;
+    assert_eq!(answer, (503, "executor not connected\n".into()), "it has the right, and nobody is there");
 }

@@ -1,10 +1,10 @@
 //! The stock harness on the stock executor, over each of its three ways to the gateway, while nothing happens, the
-//! gateway is killed or stopped, or the executor's socket is cut.
+//! gateway is killed or stopped, or its own or the executor's socket is cut.
 
 use std::path::PathBuf;
 
 use crate::endure::Rig;
-use crate::support::{AppServer, Model, Route, eventually};
+use crate::support::{AppServer, Model, Proxy, Route, eventually};
 
 /// Prints a line, then waits for a file called `go`; not for ever, should its test be gone.
 const WAITING: &str =
@@ -13,6 +13,8 @@ const WAITING: &str =
 /// A harness in the middle of a turn whose command has printed its first line and waits.
 struct Turn {
     rig: Rig,
+    /// The harness's own way to the gateway.
+    line: Proxy,
     harness: AppServer,
     model: Model,
     work: PathBuf,
@@ -30,11 +32,12 @@ impl Turn {
         std::fs::write(work.join("note"), "written before\n").unwrap();
         let model = Model::ordering(&[&format!("{WAITING} cat note"), "cat runs note | wc -l"]).await;
         let token = rig.caller.token.as_deref().unwrap();
-        let mut harness = AppServer::connected(route, rig.address, &rig.credentials, token, &model).await;
+        let line = Proxy::holding(rig.address).await;
+        let mut harness = AppServer::connected(route, line.address, &rig.credentials, token, &model).await;
         harness.begin_turn(&work).await;
         harness.hears_of_the_command().await;
         eventually("the command runs", async || work.join("started").exists().then_some(())).await;
-        Self { rig, harness, model, work }
+        Self { rig, line, harness, model, work }
     }
 
     /// Lets the command end: it ran once, and the model was told all that it printed.
@@ -64,6 +67,12 @@ async fn outlives_a_stopped_gateway(route: Route) {
     turn.ends_well().await;
 }
 
+async fn outlives_a_cut_of_its_own(route: Route) {
+    let turn = Turn::begin(route).await;
+    turn.line.cut();
+    turn.ends_well().await;
+}
+
 async fn outlives_a_cut_executor(route: Route) {
     let turn = Turn::begin(route).await;
     turn.rig.proxy.cut();
@@ -83,6 +92,11 @@ async fn a_harness_of_an_environments_file_goes_on_after_its_gateway_was_killed(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_harness_of_an_environments_file_goes_on_after_its_gateway_was_stopped() {
     outlives_a_stopped_gateway(Route::File).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_of_an_environments_file_goes_on_after_it_was_cut_off_itself() {
+    outlives_a_cut_of_its_own(Route::File).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -106,6 +120,11 @@ async fn a_harness_of_a_url_goes_on_after_its_gateway_was_stopped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_harness_of_a_url_goes_on_after_it_was_cut_off_itself() {
+    outlives_a_cut_of_its_own(Route::Url).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_harness_of_a_url_goes_on_after_its_executor_was_cut_off() {
     outlives_a_cut_executor(Route::Url).await;
 }
@@ -123,6 +142,11 @@ async fn an_encrypted_harness_goes_on_after_its_gateway_was_killed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_encrypted_harness_goes_on_after_its_gateway_was_stopped() {
     outlives_a_stopped_gateway(Route::Registry).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_encrypted_harness_goes_on_after_it_was_cut_off_itself() {
+    outlives_a_cut_of_its_own(Route::Registry).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

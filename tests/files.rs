@@ -127,11 +127,11 @@ async fn what_is_not_a_file_is_refused_and_holds_up_nobody() {
     let pipe = std::process::Command::new("mkfifo").arg(bench.file("pipe")).status().unwrap();
     assert!(pipe.success());
 
-    for path in ["directory", "pipe"] {
-        assert_eq!(bench.failure("read_file", json!({ "path": path })).await, "not_a_file", "{path}");
+    for (path, code) in [("directory", "is_a_directory"), ("pipe", "not_a_file")] {
+        assert_eq!(bench.failure("read_file", json!({ "path": path })).await, code, "{path}");
         for content in [b"short".to_vec(), noise(0, MIB + 1)] {
             let arguments = json!({ "path": path, "content_b64": STANDARD.encode(content) });
-            assert_eq!(bench.failure("write_file", arguments).await, "not_a_file", "{path}");
+            assert_eq!(bench.failure("write_file", arguments).await, code, "{path}");
         }
     }
     assert_eq!(bench.read(json!({ "path": "file" })).await, b"content");

@@ -169,6 +169,49 @@ async fn a_session_goes_on_over_a_gateway_that_is_killed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn silent_processes_that_nobody_takes_up_after_a_gateway_was_killed_are_ended() {
+    let (state, address) = (Scratch::new(), free_address());
+    let arguments = ["--link-adopt-secs", "5"];
+    let daemon = DaemonProcess::start(&state, address, &arguments).await;
+    let (caller, credentials) = workspace(&state, &daemon).await;
+    let executor = Executor::start(Flavour::Direct, address, &credentials).await;
+    executor.process().seen_by(&caller, "box").await;
+    let (called, held, left, kept) = (Marker::new(), Marker::new(), Marker::new(), Marker::new());
+    let call = tokio::spawn({
+        let (caller, sleep) = (caller.clone(), json!({ "command": ["sleep", called.to_string()] }));
+        let body = json!({ "tool": "shell", "arguments": sleep }).to_string();
+        async move { caller.try_send("POST", "/api/connectors/envs/box/tool/call", &[], body).await.is_ok() }
+    });
+    start(&caller, json!({ "command": ["sleep", held.to_string()], "stdin": "none" })).await;
+    let (mut leaver, _) = Harness::initialized(&caller, &credentials.executor, Tongue::Json).await;
+    leaver.start("p", &format!("exec sleep {left}")).await;
+    let (mut keeper, session) = Harness::initialized(&caller, &credentials.executor, Tongue::Json).await;
+    keeper.start("p", &format!("exec sleep {kept}")).await;
+    let store = rusqlite::Connection::open(state.path().join("gateway.db")).unwrap();
+    eventually("the gateway has stored what runs", async || {
+        let stored: String = store.query_row("SELECT processes FROM shared_sessions", [], |row| row.get(0)).unwrap();
+        (serde_json::from_str::<Vec<String>>(&stored).unwrap().len() == 4).then_some(())
+    })
+    .await;
+
+    daemon.kill().await;
+    call.await.unwrap();
+    for marker in [&called, &held, &left, &kept] {
+        marker.is_on(1).await;
+    }
+    let _daemon = DaemonProcess::start(&state, address, &arguments).await;
+    executor.process().seen_by(&caller, "box").await;
+    let mut keeper = Harness::open(&caller, &credentials.executor, Tongue::Json).await;
+    keeper.initialize(Some(&session)).await.unwrap();
+
+    called.is_on(0).await;
+    left.is_on(0).await;
+    let read = json!({ "processId": "p", "afterSeq": 0, "maxBytes": 1024, "waitMs": 0 });
+    assert_eq!(keeper.call("process/read", read).await.unwrap()["exited"], false);
+    assert_eq!((held.processes().len(), kept.processes().len()), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn two_workspaces_on_one_shared_socket_see_nothing_of_each_other() {
     let scene = Scene::start(Flavour::Direct).await;
     let neighbour = scene.neighbour().await;

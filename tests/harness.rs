@@ -1,12 +1,14 @@
 //! Harnesses of every kind on the bridge, with the real executor behind it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use exec_gateway::admin::Request;
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, WorkspaceId};
 use serde_json::json;
 
-use crate::support::{Harness, MIB, Tongue, Workbench, eventually};
+use crate::support::{Caller, Harness, MIB, Proxy, Tongue, Workbench, eventually};
 
 pub const TONGUES: [Tongue; 3] = [Tongue::Json, Tongue::Frames, Tongue::Encrypted];
 
@@ -29,6 +31,57 @@ async fn a_plain_harness_resumes_its_session_on_another_socket() {
         assert_eq!(code, 0);
         assert_eq!(&*first.farewell().await.unwrap().reason, "resumed on another socket");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_whose_socket_is_cut_goes_on_with_its_stream_and_nothing_is_lost_or_doubled() {
+    let bench = Workbench::start().await;
+    let proxy = Proxy::to(bench.gateway.address()).await;
+    let caller = Caller::new(proxy.address, bench.caller.token.clone());
+    for tongue in [Tongue::Frames, Tongue::Encrypted] {
+        let (mut harness, _) = Harness::initialized(&caller, &bench.credentials.executor, tongue).await;
+        let printed = bench.file(&format!("printed-{tongue:?}"));
+        let command = format!("seq 100000; while read line; do echo got $line; done; touch {}", printed.display());
+        harness.start("p1", &command).await;
+        let (mut events, mut answered, mut asked) = (BTreeMap::new(), HashSet::new(), 0);
+        // Some of what either side says is under way whenever the socket is cut.
+        while answered.len() < 60 {
+            if asked < 60 {
+                asked += 1;
+                let write = json!({ "processId": "p1", "chunk": STANDARD.encode(format!("{asked}\n")),
+                    "writeId": asked.to_string() });
+                harness.say(&json!({ "id": 1000 + asked, "method": "process/write", "params": write })).await;
+            }
+            if asked % 12 == 6 {
+                proxy.cut();
+            }
+            match harness.hear().await {
+                Ok(message) => match message["id"].as_i64() {
+                    Some(id) => assert!(answered.insert(id), "{tongue:?}: answered twice: {message}"),
+                    None => {
+                        let params = &message["params"];
+                        let bytes = STANDARD.decode(params["chunk"].as_str().unwrap()).unwrap();
+                        assert!(
+                            events.insert(params["seq"].as_u64().unwrap(), bytes).is_none(),
+                            "{tongue:?}: {message}"
+                        );
+                    }
+                },
+                Err(_) => eventually("it is back", async || harness.come_back().await.ok()).await,
+            }
+        }
+        let lines: String =
+            (1..=100_000).map(|n| format!("{n}\n")).chain((1..=60).map(|n| format!("got {n}\n"))).collect();
+        while events.values().map(Vec::len).sum::<usize>() < lines.len() {
+            let message = harness.hear().await.unwrap();
+            let params = &message["params"];
+            let bytes = STANDARD.decode(params["chunk"].as_str().unwrap()).unwrap();
+            assert!(events.insert(params["seq"].as_u64().unwrap(), bytes).is_none(), "{tongue:?}: {message}");
+        }
+        assert!(events.keys().copied().eq(1..=events.len() as u64), "{tongue:?}");
+        assert!(events.into_values().flatten().eq(lines.bytes()), "{tongue:?}");
+    }
+    assert!(proxy.cuts() >= 10);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -468,13 +468,14 @@ async fn an_executor_that_never_reads_loses_its_link_and_the_others_wait_for_not
     let write = json!({ "id": 1, "method": "fs/writeFile", "params": { "path": "file:///a", "dataBase64": large } });
     let write = Message::text(write.to_string());
     let flood = async move { while harness.socket.send(write.clone()).await.is_ok() {} };
-    let mut flood = tokio::spawn(tokio::time::timeout(PATIENCE, flood));
+    let (mut flood, mut served) = (tokio::spawn(tokio::time::timeout(PATIENCE, flood)), 0);
     loop {
         tokio::select! {
             ended = &mut flood => break ended.unwrap().expect("the harness is told"),
-            () = neighbour.works() => {}
+            () = neighbour.works() => served += 1,
         }
     }
+    assert!(served > 0);
     let ends = &scene.gateway.gateway.api().metrics.links_ended;
     assert_eq!(ends.get_or_create(&OutcomeLabel { outcome: "write_timeout" }).get(), 1);
     assert!(scene.caller.environments().await.is_empty());

@@ -27,17 +27,17 @@ fn short_hold(config: &mut Config) {
 }
 
 /// Keeps the gateway from writing to its store until this is dropped.
-struct StoreAway(Connection);
+pub struct StoreAway(Connection);
 
 impl StoreAway {
-    fn take(gateway: &TestGateway) -> Self {
+    pub fn take(gateway: &TestGateway) -> Self {
         let connection = Connection::open(path_in(gateway.state.path())).unwrap();
         connection.busy_timeout(Duration::from_secs(10)).unwrap();
         connection.execute_batch("BEGIN EXCLUSIVE").unwrap();
         Self(connection)
     }
 
-    fn give_back(self) {
+    pub fn give_back(self) {
         self.0.execute_batch("ROLLBACK").unwrap();
     }
 }
@@ -285,21 +285,12 @@ async fn a_register_while_the_store_is_away_is_told_to_wait() {
 }
 
 #[tokio::test]
-async fn a_gateway_whose_store_is_away_is_alive_and_not_ready() {
-    let gateway = TestGateway::start().await;
-    let operator = Caller::new(gateway.gateway.ops(), None);
-    let get = async |path| {
-        let answer = operator.send("GET", path, &[], "").await;
-        (answer.status.as_u16(), String::from_utf8(answer.body.to_vec()).unwrap())
-    };
-    assert_eq!(get("/readyz").await, (200, "ready\n".into()));
-    let away = StoreAway::take(&gateway);
-    assert_eq!(get("/readyz").await, (503, "store does not write\n".into()));
-    assert_eq!(get("/healthz").await, (200, "ok\n".into()));
-    let (status, metrics) = get("/metrics").await;
-    assert!(status == 200 && metrics.contains("frames_dropped_total"), "{metrics}");
-    away.give_back();
-    eventually("it is ready again", async || (get("/readyz").await.0 == 200).then_some(())).await;
+async fn a_public_url_that_leads_nowhere_keeps_no_call_from_its_executor() {
+    let gateway = TestGateway::with(|config| config.public_url = Some("http://127.0.0.1:9".into())).await;
+    let credentials = gateway.executor("w", "box").await;
+    let (_executor, _link) = FakeExecutor::connected(&gateway, &credentials).await;
+    let result = gateway.caller("w").await.shell("box", json!({ "command": "true" })).await;
+    assert_eq!(result["exit_code"], 0);
 }
 
 #[tokio::test]

@@ -53,6 +53,18 @@ impl Line {
         tokio::spawn(async move { caller.tool("box", tool, arguments).await })
     }
 
+    /// Lets the executor come back: its processes, of which so many were left to it, are ended then and not before.
+    async fn ends_when_it_is_back(&self, marker: &Marker, processes: usize) {
+        self.is_cut().await;
+        let endings = &self.gateway.gateway.api().corridor.endings;
+        eventually("the process is followed", async || (endings.len() == 1).then_some(())).await;
+        assert_eq!(marker.processes().len(), processes);
+        self.proxy.open();
+        // The executor itself would end them 80 s after the cut, which is longer than anything here is waited for.
+        marker.is_on(0).await;
+        eventually("nothing is left to do", async || endings.is_empty().then_some(())).await;
+    }
+
     /// Waits until the gateway has noticed that the link is gone.
     async fn is_cut(&self) {
         let registry = &self.gateway.gateway.api().corridor.registry;
@@ -169,11 +181,7 @@ async fn a_command_whose_caller_leaves_while_the_link_is_away_is_ended_when_it_i
     line.proxy.shut();
     line.is_cut().await;
     call.abort();
-    let endings = &line.gateway.gateway.api().corridor.endings;
-    eventually("the process is followed", async || (endings.len() == 1).then_some(())).await;
-    line.proxy.open();
-    marker.is_on(0).await;
-    eventually("nothing is left to do", async || endings.is_empty().then_some(())).await;
+    line.ends_when_it_is_back(&marker, 3).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -186,8 +194,7 @@ async fn a_command_whose_time_is_over_while_the_link_is_away_is_ended_when_it_is
     let answer = call.await.unwrap();
     assert_eq!((answer.status.as_u16(), answer.code().as_str()), (502, "executor_unreachable"));
     assert_eq!(answer.json()["error"]["ran"], "unknown");
-    line.proxy.open();
-    marker.is_on(0).await;
+    line.ends_when_it_is_back(&marker, 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -198,8 +205,7 @@ async fn a_command_whose_wait_is_over_is_ended_when_the_link_is_back_after_all()
     marker.is_on(1).await;
     line.proxy.shut();
     assert_eq!(call.await.unwrap().json()["error"]["ran"], "unknown");
-    line.proxy.open();
-    marker.is_on(0).await;
+    line.ends_when_it_is_back(&marker, 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,6 +7,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand}
 use exec_gateway::admin::Request;
 use exec_gateway::config::{Config, KNOBS, Knob};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, TokenId, TurnId, UserId, WorkspaceId};
+use exec_gateway::store::KeyPurpose;
 
 use crate::generate::Generated;
 
@@ -79,6 +80,9 @@ pub enum Command {
     CapToken(CapToken),
     /// Revoke the cap-tokens of a turn, or all that a workspace was given so far
     Revoke(Revoke),
+    /// List and rotate the gateway's own keys
+    #[command(subcommand)]
+    Key(Key),
     /// Write man pages or shell completions, for packages
     #[command(hide = true)]
     Generate {
@@ -87,6 +91,27 @@ pub enum Command {
         /// Directory for the files; it is made if it is not there
         directory: PathBuf,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Key {
+    /// List the keys by name, without their secrets
+    List,
+    /// Sign with a new key from now on; what the last one signed stays good until the next rotation
+    Rotate {
+        /// What it signs: cap-token, ticket (24 h), harness (60 s), resume, or executor: with that one, tokens of
+        /// executors from before the last rotation stop to register once it is rotated again
+        purpose: KeyPurpose,
+    },
+}
+
+impl From<Key> for Request {
+    fn from(command: Key) -> Self {
+        match command {
+            Key::List => Self::KeyList,
+            Key::Rotate { purpose } => Self::KeyRotate { purpose },
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -117,12 +117,15 @@ fn operation(page: &mut Roff) {
         ("/usr/share/doc/exec-gateway/exec-gateway.toml", "Every knob at its default."),
         ("/usr/share/doc/exec-gateway/nginx.conf, Caddyfile", "TLS in front of the gateway."),
     ];
-    const SIGNALS: [(&str, &str); 1] = [(
-        "SIGTERM, SIGINT",
-        "New calls are refused with 503 and Retry-After, those under way have drain.grace_secs, executors are told to \
-         come back, and the process exits 0 within 60 s. Process sessions go on at their executors, and the next \
-         gateway takes them up.",
-    )];
+    const SIGNALS: [(&str, &str); 2] = [
+        (
+            "SIGTERM, SIGINT",
+            "New calls are refused with 503 and Retry-After, those under way have drain.grace_secs, executors are told \
+             to come back, and the process exits 0 within 60 s. Process sessions go on at their executors, and the next \
+             gateway takes them up.",
+        ),
+        ("SIGHUP", "Certificates are read again, for new connections."),
+    ];
     const STATUS: [(&str, &str); 3] = [("0", "Done."), ("1", "Failed."), ("2", "Wrong usage or configuration.")];
     let sections = [("EXIT STATUS", &STATUS[..]), ("SIGNALS", &SIGNALS), ("FILES OF THE DEBIAN PACKAGE", &FILES)];
     for (heading, entries) in sections {

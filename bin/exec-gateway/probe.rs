@@ -14,8 +14,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Asks `/readyz` once.
 ///
 /// # Errors
-/// Nobody answers, or the gateway takes no new work; the error says which.
+/// Nobody answers, the gateway takes no new work, or its operators' listener is encrypted; the error says which.
 pub fn run(config: &Config) -> anyhow::Result<()> {
+    if config.tls.ops_certificate.is_some() {
+        bail!("the operators' listener wants TLS, which this command does not speak");
+    }
     let address = reachable(config.ops_listen);
     let answer = ask(address).with_context(|| format!("no gateway answers at {address}"))?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));

@@ -7,7 +7,7 @@ use std::net::{SocketAddr, TcpListener};
 
 use anyhow::Context;
 use exec_gateway::config::{Config, LogFormat, LogLevel};
-use exec_gateway::gateway::Gateway;
+use exec_gateway::gateway::{Gateway, Reloading};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::level_filters::LevelFilter;
@@ -42,12 +42,27 @@ async fn serve(
     tracing::info!(open_files_max, "serving");
     announce_ready(gateway.listen(), gateway.ops());
     service_manager::serving();
+    tokio::spawn(reload_at_hangup(gateway.reloading()));
     let shutdown = async {
         shutdown.await;
         service_manager::stopping();
     };
     gateway.run_until(shutdown).await;
     Ok(())
+}
+
+/// Reads what can be read anew at each SIGHUP. What cannot be used then is logged, and what was read before stays.
+async fn reload_at_hangup(reloading: Reloading) {
+    let mut hangup = match signal(SignalKind::hangup()) {
+        Ok(hangup) => hangup,
+        Err(error) => return tracing::error!(%error, "SIGHUP cannot be listened to"),
+    };
+    while hangup.recv().await.is_some() {
+        match reloading.reload() {
+            Ok(()) => tracing::info!("certificates were read again"),
+            Err(error) => tracing::error!(%error, "certificates were not read again"),
+        }
+    }
 }
 
 /// Tells whoever started the daemon that it serves, and on which ports. Not a log line: it is the same at any level

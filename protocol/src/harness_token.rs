@@ -29,7 +29,7 @@ pub struct HarnessClaims {
 }
 
 /// SHA-256 of a harness key, see [`crate::rest::KeyBytes::digest`]. Base64url in JSON.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KeyDigest(pub [u8; 32]);
 
 impl fmt::Debug for KeyDigest {

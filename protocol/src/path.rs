@@ -155,6 +155,25 @@ impl FileUri {
         })
     }
 
+    /// The same place without `.` and `..`, which are taken by the text, as executors take them.
+    pub fn resolved(&self) -> Self {
+        let root = self.root();
+        let mut segments = Vec::new();
+        for segment in self.0[root.len()..].split('/') {
+            match segment {
+                "" | "." => {}
+                ".." => drop(segments.pop()),
+                segment => segments.push(segment),
+            }
+        }
+        Self(format!("{root}/{}", segments.join("/")))
+    }
+
+    /// What is in this directory under that name, which has no slash.
+    pub fn child(&self, name: &str) -> Self {
+        Self(format!("{}/{}", self.0.trim_end_matches('/'), Encoded(name)))
+    }
+
     /// The directory that holds this path, by its text; `None` at a root.
     pub fn parent(&self) -> Option<Self> {
         let trimmed = self.0.trim_end_matches('/');
@@ -307,6 +326,31 @@ mod tests {
             assert_eq!(posix(path).as_deref(), Ok(uri), "{path}");
         }
         assert_eq!(native("x", false, "file:///", "file:///root").as_deref(), Ok("file:///x"));
+    }
+
+    #[test]
+    fn dots_are_resolved_by_the_text_and_never_above_the_root() {
+        for (uri, resolved) in [
+            ("file:///a/./b/../c/", "file:///a/c"),
+            ("file:///../../a", "file:///a"),
+            ("file:///a/..", "file:///"),
+            ("file:///", "file:///"),
+            ("file:///C:/a/../../b", "file:///C:/b"),
+            ("file://host/share/../x", "file://host/share/x"),
+        ] {
+            assert_eq!(FileUri::parse(uri).unwrap().resolved().as_str(), resolved, "{uri}");
+        }
+    }
+
+    #[test]
+    fn a_child_is_one_name_below() {
+        for (directory, name, uri) in [
+            ("file:///", "a b", "file:///a%20b"),
+            ("file:///x/", "..a", "file:///x/..a"),
+            ("file:///C:/", "é", "file:///C:/%C3%A9"),
+        ] {
+            assert_eq!(FileUri::parse(directory).unwrap().child(name).as_str(), uri);
+        }
     }
 
     #[test]

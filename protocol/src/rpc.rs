@@ -405,6 +405,7 @@ methods! {
     FsCanonicalize => "fs/canonicalize", CanonicalPath;
     FsReadDirectory => "fs/readDirectory", Directory;
     FsRemove => "fs/remove", Nothing;
+    FsCopy => "fs/copy", Nothing;
     FsOpen => "fs/open", Opened;
     FsReadBlock => "fs/readBlock", Block;
     FsWriteBlock => "fs/writeBlock", Nothing;
@@ -877,6 +878,18 @@ pub struct FsRemove {
     pub recursive: bool,
     /// Whether a missing path is fine.
     pub force: bool,
+}
+
+/// `fs/copy`. Links are copied as links.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FsCopy {
+    /// What to copy.
+    pub source_path: FileUri,
+    /// Where to.
+    pub destination_path: FileUri,
+    /// Whether a directory is copied with all it holds. Always sent: executors require it.
+    pub recursive: bool,
 }
 
 /// `fs/open`: at most 128 handles per connection, lost when a session is resumed.

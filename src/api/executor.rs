@@ -7,9 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use hyper::body::Incoming;
-use hyper::header::{HOST, HeaderName, HeaderValue};
-use hyper::{HeaderMap, Request, Response};
+use hyper::header::{HeaderName, HeaderValue};
+use hyper::http::Extensions;
+use hyper::http::request::Parts;
+use hyper::{Request, Response};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use uuid::Uuid;
@@ -20,6 +23,8 @@ use crate::auth::executor::{ExecutorAuthError, ExecutorCredential};
 use crate::auth::sigv4::SignedRequest;
 use crate::config::Secret;
 use crate::edge::body::{self, Body};
+use crate::edge::peer;
+use crate::edge::tls::ClientCertified;
 use crate::edge::upgrade::{self, SocketLimits};
 use crate::ops::metrics::OutcomeLabel;
 use crate::protocol::ids::{ExecutorId, RegistrationId};
@@ -163,6 +168,7 @@ async fn register_held(
 ) -> Result<Response<Body>, ApiError> {
     let executor = ExecutorId::new(id).map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
     let (head, body) = request.into_parts();
+    check_certificate(api, &head.extensions)?;
     let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.edge.header_timeout_secs)).await?;
     let wanted = match door {
         // What agentx sends is not needed, and older versions send nothing.
@@ -178,7 +184,7 @@ async fn register_held(
         }
     };
     tracing::info!(%executor, registration = %registered.id, transport = ?registered.transport, "executor registered");
-    Ok(json(&answer(api, door, &registered, &head.headers)))
+    Ok(json(&answer(api, door, &registered, &head)))
 }
 
 /// One try to register: nothing is answered before it is stored, so that a restarted gateway serves the same URL.
@@ -283,10 +289,10 @@ async fn verify(
     })
 }
 
-fn answer(api: &Api, door: Door, registration: &Registration, headers: &HeaderMap) -> RegisterResponse {
+fn answer(api: &Api, door: Door, registration: &Registration, request: &Parts) -> RegisterResponse {
     let executor = &registration.executor;
     let ticket = api.corridor.auth.tickets().mint(executor);
-    let base = websocket_base(api, headers);
+    let base = websocket_base(api, request);
     let (path, mark) = match door {
         Door::Codex => ("bridge", ""),
         Door::Agentx => ("agentx", ""),
@@ -308,8 +314,16 @@ fn answer(api: &Api, door: Door, registration: &Registration, headers: &HeaderMa
     }
 }
 
+/// Where certificates are asked of executors, this one has to have shown one in its TLS handshake.
+fn check_certificate(api: &Api, connection: &Extensions) -> Result<(), ApiError> {
+    if api.config.tls.executor_authorities.is_none() || connection.get::<ClientCertified>().is_some() {
+        return Ok(());
+    }
+    Err(ApiError::new(403, "certificate_required", "executors have to show a client certificate here"))
+}
+
 /// Where the executor dials: the configured public URL, else the Host under which it has just reached us.
-pub(super) fn websocket_base(api: &Api, headers: &HeaderMap) -> String {
+pub(super) fn websocket_base(api: &Api, request: &Parts) -> String {
     match &api.config.public_url {
         Some(url) => {
             let url = url.trim_end_matches('/');
@@ -320,15 +334,11 @@ pub(super) fn websocket_base(api: &Api, headers: &HeaderMap) -> String {
             }
         }
         None => {
-            let host = headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_host(host));
-            format!("ws://{}", host.unwrap_or("127.0.0.1"))
+            let (tls, host) = peer::reached(&request.headers, request.extensions.get());
+            let scheme = if tls { "wss" } else { "ws" };
+            format!("{scheme}://{}", host.as_deref().unwrap_or("127.0.0.1"))
         }
     }
-}
-
-fn is_host(host: &str) -> bool {
-    !host.is_empty()
-        && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']'))
 }
 
 /// `POST …/validate`: may this harness key talk to this executor? Never asks upstream: the bearer is compared with the
@@ -443,6 +453,7 @@ async fn serve_link(
             TicketError::Malformed | TicketError::WrongExecutor => "unknown_route",
         })
     })?;
+    check_certificate(api, request.extensions())?;
     let registration = registration.and_then(|id| RegistrationId::new(&id).ok()).ok_or_else(unknown)?;
     // The executor waits 10 s for the upgrade, as for a register.
     let mut hold = Hold::new(api);
@@ -494,7 +505,9 @@ async fn serve_link(
             None => link::run(socket, handle, outbox).await,
             // Boxed for the same reason: most links are not of this kind, and need no room for it.
             Some(shared) => {
-                let (end, shared) = Box::pin(link::run_shared(socket, handle, outbox, shared)).await;
+                let (lasting, told) = watch::channel(Vec::new());
+                tokio::spawn(keep_processes(api.clone(), executor.clone(), told));
+                let (end, shared) = Box::pin(link::run_shared(socket, handle, outbox, shared, lasting)).await;
                 // Before the place is given up: the executor's next socket waits for that, and takes it.
                 api.corridor.registry.leave(&executor, shared);
                 end
@@ -529,7 +542,7 @@ where
     let former = match registry.take_left(executor) {
         Some(left) => Former::Socket(left),
         None => match store.shared_session(executor).await {
-            Ok(Some(session)) => Former::Stored(ExecutorSessionId::new(session.expose())),
+            Ok(Some((session, processes))) => Former::Stored(ExecutorSessionId::new(session.expose()), processes),
             Ok(None) => Former::None,
             Err(error) => {
                 tracing::warn!(%executor, %error, "the executor's session is not known");
@@ -555,6 +568,17 @@ where
         tracing::warn!(%executor, %error, "the executor's session was not stored");
     }
     Some(shared)
+}
+
+/// Stores which processes run on a shared socket until it ends, so that the next gateway process can end what nobody
+/// takes up: what prints nothing would not be heard of.
+async fn keep_processes(api: Arc<Api>, executor: ExecutorId, mut told: watch::Receiver<Vec<String>>) {
+    while told.changed().await.is_ok() {
+        let processes = told.borrow_and_update().clone();
+        if let Err(error) = api.corridor.store.save_shared_processes(&executor, &processes).await {
+            tracing::warn!(%executor, %error, "the processes of an executor were not stored");
+        }
+    }
 }
 
 /// Makes an executor register again, which its credential decides: on the direct transport 409 alone does, elsewhere any

@@ -7,18 +7,21 @@ use std::time::Duration;
 use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderValue};
 use hyper::{Request, Response};
+use tokio::sync::mpsc;
 use zeroize::Zeroizing;
 
 use super::credential::SocketCredential;
 use super::error::ApiError;
 use super::{Api, credential, executor, json, query_parameter};
-use crate::auth::{AuthError, Principal, bearer};
+use crate::auth::{AuthError, CredentialId, Principal, bearer};
 use crate::edge::body::{self, Body};
-use crate::edge::upgrade::{self, SocketLimits};
+use crate::edge::upgrade::{self, SocketLimits, SocketStream as HarnessStream};
 use crate::ops::metrics::OutcomeLabel;
-use crate::protocol::harness_token::HarnessClaims;
-use crate::protocol::ids::ExecutorId;
+use crate::protocol::frame::StreamId;
+use crate::protocol::harness_token::{HarnessClaims, KeyDigest};
+use crate::protocol::ids::{ExecutorId, WorkspaceId};
 use crate::protocol::rest::{ConnectRequest, ConnectResponse, HarnessKey, KeyBytes, SECURITY_PROFILE};
+use crate::relay::comeback::{Comebacks, Places};
 use crate::relay::harness::{Flavour, HarnessEnd, HarnessSocket, Names};
 use crate::relay::link::LinkHandle;
 use crate::relay::spill::Spill;
@@ -36,6 +39,28 @@ struct Admitted {
     /// Ready when the right has ended.
     refused: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
+
+/// Who may come back for a stream: the same credential at the same executor.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Holder {
+    workspace: WorkspaceId,
+    executor: ExecutorId,
+    credential: CredentialId,
+    mark: Mark,
+}
+
+/// What tells streams of one credential apart.
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Mark {
+    /// The harness of an encrypted stream. Its newest stream takes the place of the one before: who takes its executor
+    /// session up again on a new one must not find the session attached to the old one.
+    Key(KeyDigest),
+    /// The stream of a plain harness.
+    Stream(StreamId),
+}
+
+/// The streams that harnesses may come back for.
+pub type StreamPlaces = Places<Holder, (StreamId, Comebacks<HarnessStream>)>;
 
 /// Checks a credential and that its workspace may reach the executor.
 async fn admit(api: &Arc<Api>, token: Zeroizing<String>, id: &str) -> Result<Admitted, ApiError> {
@@ -84,7 +109,17 @@ async fn link(api: &Api, binding: &Binding) -> Result<LinkHandle, ApiError> {
 }
 
 /// `POST /cloud/environment/{id}/connect`: the way to an encrypted executor, for one harness key and a short time.
+///
+/// Its connection ends with the answer, also with one that says to try again: a harness asks the moment its socket
+/// breaks, and gives up for good when the connection that it kept from the last time has broken as well.
 pub async fn connect(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    let close = HeaderValue::from_static("close");
+    let mut answer = way(api, id, request).await.map_err(|error| error.with_header(CONNECTION, close.clone()))?;
+    answer.headers_mut().insert(CONNECTION, close);
+    Ok(answer)
+}
+
+async fn way(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     api.refuse_while_draining()?;
     let principal = super::rest::caller(api, &request).await?;
     let (workspace, binding) = reach(api, &principal, id).await?;
@@ -100,8 +135,8 @@ pub async fn connect(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Re
     let authorization = harness.mint(workspace.id(), &registration.executor, &registration.id, &key.digest());
     // For our door alone: the authorization is shown to the executor too, and tells nothing about the caller.
     let credential = api.corridor.auth.resume_names().seal_bearer(&registration.executor, bearer(&head.headers)?);
-    let base = executor::websocket_base(api, &head.headers);
-    let mut answer = json(&ConnectResponse {
+    let base = executor::websocket_base(api, &head);
+    Ok(json(&ConnectResponse {
         environment_id: id.to_owned(),
         // All three consist of characters that need no escaping in a query.
         url: format!("{base}/bridge/{id}?token={authorization}&by={credential}"),
@@ -109,11 +144,7 @@ pub async fn connect(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Re
         executor_registration_id: registration.id.to_string(),
         executor_public_key,
         harness_key_authorization: authorization,
-    });
-    // A harness asks again the moment its socket breaks, and gives up for good when the connection that it kept from the
-    // last time has broken as well.
-    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-    Ok(answer)
+    }))
 }
 
 fn public_key(registration: &Registration) -> Option<HarnessKey> {
@@ -140,13 +171,12 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
     if handshake.as_ref().is_some_and(|claims| claims.workspace != *admitted.workspace.id()) {
         return Err(refused(AuthError::Invalid));
     }
-    let registration = handshake.map(|claims| claims.registration);
     let link = link(api, &admitted.binding).await?;
-    if registration.as_ref().is_some_and(|registration| *registration != link.registration().id) {
+    if handshake.as_ref().is_some_and(|claims| claims.registration != link.registration().id) {
         // The executor was restarted: the harness asks for the way again (codex-exec-server.md §8.3).
         return Err(refused(AuthError::Invalid));
     }
-    if registration.is_some() && link.locks_out(admitted.workspace.id()) {
+    if handshake.is_some() && link.locks_out(admitted.workspace.id()) {
         let message = "too many encrypted handshakes with this executor have failed";
         return Err(ApiError::new(429, "too_many_handshakes", message).retry_after(60));
     }
@@ -157,26 +187,43 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
     let limits = SocketLimits {
         read_buffer_bytes: settings.read_buffer_bytes,
         // Encrypted frames are handed on to an executor, whose socket ends over a larger one.
-        message_bytes_max: if registration.is_some() { settings.frame_bytes_max } else { settings.message_bytes_max },
+        message_bytes_max: if handshake.is_some() { settings.frame_bytes_max } else { settings.message_bytes_max },
     };
     let (response, socket) = upgrade::accept(request, protocol, limits);
+    let key = handshake.map(|claims| claims.key);
     let api = api.clone();
     api.clone().sockets.spawn(async move {
         let Some(socket) = socket.await else { return };
         let outbox = Spill::new(&api.corridor.state_dir, &api.corridor.link, api.metrics.clone());
         let mut socket = HarnessSocket::new(socket, outbox);
         let Admitted { principal, workspace, binding, mut refused } = admitted;
-        let end = tokio::select! {
+        let served = tokio::select! {
             biased;
-            () = &mut refused => HarnessEnd::Refused,
-            () = api.draining.cancelled() => HarnessEnd::Draining,
-            end = serve(&api, &mut socket, &principal, &workspace, &binding, registration.is_some()) => end,
+            () = &mut refused => Served::Ended(HarnessEnd::Refused),
+            () = api.draining.cancelled() => Served::Ended(HarnessEnd::Draining),
+            served = serve(&api, &mut socket, &principal, &workspace, &binding, key) => served,
+        };
+        let end = match served {
+            Served::Ended(end) => end,
+            Served::Back(comebacks, next_seq) => {
+                // The task that has the stream serves it from now on. Should that have ended this moment, so does this.
+                let _ = comebacks.try_send(socket.back(next_seq));
+                return;
+            }
         };
         tracing::debug!(executor = %binding.executor(), workspace = %workspace.id(), ?end, "harness socket ended");
         api.metrics.harnesses_ended.get_or_create(&OutcomeLabel { outcome: end.label() }).inc();
         socket.close(end).await;
     });
     Ok(response)
+}
+
+/// What became of a harness's socket.
+enum Served {
+    /// It ended.
+    Ended(HarnessEnd),
+    /// It is for the task that has the stream, from the frame of this number on.
+    Back(Comebacks<HarnessStream>, u32),
 }
 
 /// The credential under which a handshake was authorized, and for what.
@@ -192,46 +239,72 @@ fn handshake(
     Ok((auth.resume_names().open_bearer(&executor, &sealed).ok_or(AuthError::Invalid)?, claims))
 }
 
-/// Carries what one harness and its executor say, until either ends.
-async fn serve<S>(
+/// Carries what one harness and its executor say, until either ends. A harness whose authorization named its `key` is
+/// encrypted.
+async fn serve(
     api: &Api,
-    socket: &mut HarnessSocket<S>,
+    socket: &mut HarnessSocket<HarnessStream>,
     principal: &Principal,
     workspace: &Workspace,
     binding: &Binding,
-    encrypted_only: bool,
-) -> HarnessEnd
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
-{
+    key: Option<KeyDigest>,
+) -> Served {
     let settings = &api.corridor.link;
     let wait = Duration::from_secs(settings.first_frame_secs);
     let flavour = match socket.flavour(wait, settings.message_bytes_max).await {
         Ok(flavour) => flavour,
-        Err(end) => return end,
+        Err(end) => return Served::Ended(end),
     };
+    let holder = |stream: &StreamId| Holder {
+        workspace: workspace.id().clone(),
+        executor: binding.executor().clone(),
+        credential: principal.credential().clone(),
+        mark: key.map_or_else(|| Mark::Stream(stream.clone()), Mark::Key),
+    };
+    let (came_back, comebacks) = mpsc::channel(1);
+    let hold = |stream: &StreamId| api.comebacks.hold(holder(stream), (stream.clone(), came_back)).0;
+    let unreachable = |error| Served::Ended(HarnessEnd::Unreachable(unreachable(&error)));
     match flavour {
+        Flavour::Back(stream, next_seq) => match api.comebacks.get(&holder(&stream)) {
+            Some((held, comebacks)) if held == stream && !comebacks.is_closed() && comebacks.capacity() > 0 => {
+                Served::Back(comebacks, next_seq)
+            }
+            _ => {
+                socket.reset(stream).await;
+                Served::Ended(HarnessEnd::Unresumable)
+            }
+        },
         Flavour::Encrypted(id, first) => {
-            let stream = match workspace.open_stream_as(principal, binding, id).await {
+            let _place = key.map(|_| hold(&id));
+            let stream = match workspace.open_stream_as(principal, binding, id.clone()).await {
                 Ok(stream) => stream,
-                Err(error) => return HarnessEnd::Unreachable(unreachable(&error)),
+                Err(error) => return unreachable(error),
             };
             if stream.link().registration().transport != Transport::Noise {
-                return HarnessEnd::Protocol("this executor is connected without encryption");
+                return Served::Ended(HarnessEnd::Protocol("this executor is connected without encryption"));
             }
-            socket.forward(stream, first, workspace.id(), settings).await
+            if key.is_some() {
+                socket.wait_for_comebacks(id, comebacks, workspace.id(), stream.link(), settings);
+            }
+            Served::Ended(socket.forward(stream, first, workspace.id(), settings).await)
         }
-        Flavour::Messages(..) if encrypted_only => HarnessEnd::Protocol("the credential is for encrypted frames"),
+        Flavour::Messages(..) if key.is_some() => {
+            Served::Ended(HarnessEnd::Protocol("the credential is for encrypted frames"))
+        }
         Flavour::Messages(framing, first) => {
             let stream = match workspace.open_stream(principal, binding).await {
                 Ok(stream) => stream,
-                Err(error) => return HarnessEnd::Unreachable(unreachable(&error)),
+                Err(error) => return unreachable(error),
             };
+            let _place = framing.stream().map(hold);
+            if let Some(id) = framing.stream() {
+                socket.wait_for_comebacks(id.clone(), comebacks, workspace.id(), stream.link(), settings);
+            }
             let conversation = match workspace.converse(stream).await {
                 Ok(conversation) => conversation,
                 Err(error) => {
                     tracing::warn!(executor = %binding.executor(), %error, "no conversation for a harness");
-                    return HarnessEnd::Unreachable("the executor could not be reached");
+                    return Served::Ended(HarnessEnd::Unreachable("the executor could not be reached"));
                 }
             };
             let (resume, executor) = (api.corridor.auth.resume_names(), binding.executor());
@@ -240,7 +313,7 @@ where
                 open: &|name| resume.open(workspace.id(), executor, name),
                 attached: &api.harnesses,
             };
-            socket.converse(conversation, framing, first, &names, settings).await
+            Served::Ended(socket.converse(conversation, framing, first, &names, settings).await)
         }
     }
 }

@@ -50,6 +50,8 @@ pub struct Api {
     pub metrics: Arc<Metrics>,
     /// Executor sessions of plain harnesses.
     pub harnesses: AttachedSessions,
+    /// Streams that a harness may come back for.
+    pub comebacks: harness::StreamPlaces,
     /// Tasks that own an executor's socket.
     pub links: TaskTracker,
     /// Tasks that own a caller's socket.
@@ -78,6 +80,7 @@ impl Api {
             corridor,
             metrics,
             harnesses: AttachedSessions::default(),
+            comebacks: harness::StreamPlaces::default(),
             links: TaskTracker::new(),
             sockets: TaskTracker::new(),
             draining: CancellationToken::new(),

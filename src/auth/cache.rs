@@ -60,6 +60,11 @@ impl<V> DigestCache<V> {
         }
     }
 
+    /// Entries of all shards.
+    pub(super) fn len(&self) -> usize {
+        self.shards.iter().map(|shard| lock(shard).len()).sum()
+    }
+
     fn shard(&self, digest: &Digest) -> MutexGuard<'_, Shard<V>> {
         // A digest is uniform, so any of its bytes spreads the entries evenly.
         lock(&self.shards[usize::from(digest[0]) % SHARDS])

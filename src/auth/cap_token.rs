@@ -13,9 +13,10 @@ use lru::LruCache;
 use tokio::sync::broadcast;
 
 use super::cache::lock;
+use super::keys::{Keys, verifying};
 use super::{AuthError, Claims, Clock, CredentialId, Principal, Scopes, unix_secs};
 use crate::config::{self, Secret};
-use crate::store::{GatewayKey, Keyring, Revocation, RevocationScope, Store, StoreError};
+use crate::store::{Revocation, RevocationScope, Store, StoreError};
 
 /// No minter gives more than a year; a token far beyond is a mistake that no revocation list would outlive.
 const LIFE_MAX_SECS: u64 = 400 * 24 * 60 * 60;
@@ -39,7 +40,7 @@ pub struct CapTokens(Arc<Inner>);
 
 struct Inner {
     store: Store,
-    keys: Keyring,
+    keys: Keys,
     clock: Clock,
     ttl_secs: u64,
     revocations_max: usize,
@@ -96,18 +97,15 @@ impl From<CapTokenRefused> for AuthError {
 
 struct Minted {
     token: Secret,
+    /// The key that signed it: after another rotation it would open nothing.
+    kid: String,
     turn: TurnId,
     issued_at: u64,
     expires_at: u64,
 }
 
 impl CapTokens {
-    pub(super) async fn new(
-        store: Store,
-        keys: Keyring,
-        config: &config::Auth,
-        clock: Clock,
-    ) -> Result<Self, StoreError> {
+    pub(super) async fn new(store: Store, keys: Keys, config: &config::Auth, clock: Clock) -> Result<Self, StoreError> {
         let mut revoked = Revoked::default();
         store.revocations().await?.iter().for_each(|revocation| revoked.add(revocation));
         Ok(Self(Arc::new(Inner {
@@ -156,10 +154,12 @@ impl CapTokens {
     pub fn for_workspace(&self, workspace: &WorkspaceId) -> Result<Secret, CapTokenRefused> {
         let now = self.0.clock.unix_secs();
         let life_left_min = (self.0.ttl_secs / 10).max(LIFE_LEFT_MIN_SECS);
+        let ring = self.0.keys.now();
         let mut minted = lock(&self.0.minted);
         // Always the second of the two locks.
         let revoked = lock(&self.0.revoked);
         if let Some(last) = minted.get(workspace)
+            && last.kid == ring.current.kid
             && last.expires_at >= now.saturating_add(life_left_min)
             && !revoked.ends(&last.turn, workspace, last.issued_at)
         {
@@ -181,10 +181,11 @@ impl CapTokens {
             iat: issued_at,
             exp: expires_at,
             skip_audit: true,
-            kid: Some(self.0.keys.current.kid.clone()),
+            kid: Some(ring.current.kid.clone()),
         };
-        let token = Secret::new(wire::mint(&claims, &self.0.keys.current.secret));
-        minted.put(workspace.clone(), Minted { token: token.clone(), turn, issued_at, expires_at });
+        let token = Secret::new(wire::mint(&claims, &ring.current.secret));
+        let kid = ring.current.kid.clone();
+        minted.put(workspace.clone(), Minted { token: token.clone(), kid, turn, issued_at, expires_at });
         if minted.len() > MINTED_MAX {
             minted.pop_lru();
         }
@@ -239,7 +240,8 @@ impl CapTokens {
 impl Inner {
     fn verified_claims(&self, token: &str, now: u64) -> Result<CapClaims, CapTokenRefused> {
         let named = CapToken::parse(token)?.kid().map(str::to_owned);
-        for key in keys(&self.keys).filter(|key| named.as_ref().is_none_or(|kid| key.kid == *kid)) {
+        let ring = self.keys.now();
+        for key in verifying(&ring).filter(|key| named.as_ref().is_none_or(|kid| key.kid == *kid)) {
             match CapToken::parse(token)?.verify(&key.secret, now) {
                 Err(CapTokenError::BadSignature) => {}
                 verdict => return Ok(verdict?),
@@ -247,11 +249,6 @@ impl Inner {
         }
         Err(CapTokenRefused::BadSignature)
     }
-}
-
-/// The keys that verify, the one that signs first.
-pub(super) fn keys(ring: &Keyring) -> impl Iterator<Item = &GatewayKey> {
-    std::iter::once(&ring.current).chain(&ring.previous)
 }
 
 /// Twelve random hexadecimal digits: those of a version 4 UUID before its version digit.
@@ -352,7 +349,7 @@ mod tests {
     }
 
     fn signed(key: u8, claims: &CapClaims) -> String {
-        wire::mint(claims, &ring(key, None).current.secret)
+        wire::mint(claims, &ring(key, None).now().current.secret)
     }
 
     impl Rig {
@@ -447,7 +444,7 @@ mod tests {
         for workspace in ["\"\"", "null", "\"a/b\""] {
             let payload = format!(r#"{{"turn_id":"t","workspace_id":{workspace},"iat":{NOW},"exp":{}}}"#, NOW + 60);
             let signed = format!("eyJhbGciOiJIUzI1NiIsInR5cCI6IkNYRyJ9.{}", URL_SAFE_NO_PAD.encode(payload));
-            let mut mac = <Hmac<Sha256> as Mac>::new_from_slice(&ring(1, None).current.secret).unwrap();
+            let mut mac = <Hmac<Sha256> as Mac>::new_from_slice(&ring(1, None).now().current.secret).unwrap();
             mac.update(signed.as_bytes());
             let token = format!("{signed}.{}", URL_SAFE_NO_PAD.encode(mac.finalize().into_bytes()));
             assert_eq!(rig.refusal(&token), Some(CapTokenRefused::Malformed), "{workspace}");

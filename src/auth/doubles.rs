@@ -19,6 +19,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use super::cache::lock;
+use super::keys::Keys;
 use super::upstream::Upstream;
 use super::{Clock, TokenCounters};
 use crate::config::{self, Secret};
@@ -176,7 +177,7 @@ impl FakeClock {
 }
 
 /// A keyring of keys told apart by one byte; the kid of key 1 is `kid1`.
-pub(super) fn ring(current: u8, previous: Option<u8>) -> Keyring {
+pub(super) fn ring(current: u8, previous: Option<u8>) -> Keys {
     let key = |byte: u8| GatewayKey { kid: format!("kid{byte}"), secret: vec![byte; 32].into() };
-    Keyring { current: key(current), previous: previous.map(key) }
+    Keys::new(Keyring { current: key(current), previous: previous.map(key) })
 }

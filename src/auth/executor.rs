@@ -13,11 +13,11 @@ use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 use zeroize::Zeroizing;
 
-use super::cap_token::keys;
+use super::keys::{Keys, verifying};
 use super::sigv4::{Signature, SignedRequest};
 use super::upstream::{ExecutorClaim, Upstream, UpstreamError};
 use super::{Clock, authorization};
-use crate::store::{Executor, Keyring, Store, StoreError};
+use crate::store::{Executor, Store, StoreError};
 
 /// Longest credential of an executor, in bytes: assertions and access tokens of accounts are JWTs of a few KiB.
 const CREDENTIAL_BYTES_MAX: usize = 16 * 1024;
@@ -28,7 +28,7 @@ const ACCOUNT_BYTES_MAX: usize = 256;
 /// Checks what executors register with.
 pub struct ExecutorAuth {
     store: Store,
-    keys: Keyring,
+    keys: Keys,
     upstream: Option<Arc<Upstream>>,
     clock: Clock,
 }
@@ -95,7 +95,7 @@ impl From<UpstreamError> for ExecutorAuthError {
 }
 
 impl ExecutorAuth {
-    pub(super) fn new(store: Store, keys: Keyring, upstream: Option<Arc<Upstream>>, clock: Clock) -> Self {
+    pub(super) fn new(store: Store, keys: Keys, upstream: Option<Arc<Upstream>>, clock: Clock) -> Self {
         Self { store, keys, upstream, clock }
     }
 
@@ -153,7 +153,8 @@ impl ExecutorAuth {
         // shows the token that a deleted executor once had learns that it is gone.
         let known = stored.is_some();
         let executor = stored.unwrap_or_else(|| stand_in(id));
-        let tried = keys(&self.keys).map(|key| {
+        let ring = self.keys.now();
+        let tried = verifying(&ring).map(|key| {
             let own = executor.token(key);
             (is_right(&own), own)
         });
@@ -274,7 +275,7 @@ mod tests {
     }
 
     fn token(executor: &Executor, key: u8) -> String {
-        executor.token(&ring(key, None).current).to_string()
+        executor.token(&ring(key, None).now().current).to_string()
     }
 
     fn headers(authorization: &str) -> HeaderMap {

@@ -7,13 +7,12 @@ use exec_gateway_protocol::ids::{ExecutorId, RegistrationId, WorkspaceId};
 use subtle::ConstantTimeEq;
 
 use super::Clock;
-use super::cap_token::keys;
+use super::keys::{Keys, verifying};
 use crate::config;
-use crate::store::Keyring;
 
 /// Mints and verifies authorizations of handshakes.
 pub struct HarnessAuth {
-    keys: Keyring,
+    keys: Keys,
     clock: Clock,
     ttl_secs: u64,
 }
@@ -30,7 +29,7 @@ pub enum HarnessAuthError {
 }
 
 impl HarnessAuth {
-    pub(super) fn new(keys: Keyring, config: &config::Auth, clock: Clock) -> Self {
+    pub(super) fn new(keys: Keys, config: &config::Auth, clock: Clock) -> Self {
         Self { keys, clock, ttl_secs: config.harness_ttl_secs }
     }
 
@@ -49,7 +48,7 @@ impl HarnessAuth {
             key: KeyDigest(*key_digest),
             exp: self.clock.unix_secs().saturating_add(self.ttl_secs),
         };
-        harness_token::mint(&claims, &self.keys.current.secret)
+        harness_token::mint(&claims, &self.keys.now().current.secret)
     }
 
     /// For which workspace a harness asks, if its authorization is for this executor, registration and harness key.
@@ -82,7 +81,8 @@ impl HarnessAuth {
 
     fn claims(&self, token: &str) -> Result<HarnessClaims, HarnessTokenError> {
         let now = self.clock.unix_secs();
-        for key in keys(&self.keys) {
+        let ring = self.keys.now();
+        for key in verifying(&ring) {
             match harness_token::verify(token, now, &key.secret) {
                 Err(HarnessTokenError::BadSignature) => {}
                 verdict => return verdict,

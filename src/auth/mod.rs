@@ -9,12 +9,14 @@ pub mod cap_token;
 mod doubles;
 pub mod executor;
 pub mod harness;
+mod keys;
 pub mod proxy_token;
 pub mod resume;
 pub mod sigv4;
 pub mod ticket;
 mod upstream;
 
+use std::collections::HashMap;
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
@@ -32,11 +34,12 @@ use tokio::time::sleep;
 pub use upstream::UpstreamError;
 
 use crate::config;
-use crate::store::{KeyPurpose, Revocation, Store, StoreError};
+use crate::store::{KeyPurpose, Keyring, Revocation, Store, StoreError};
 
 use self::cap_token::CapTokens;
 use self::executor::ExecutorAuth;
 use self::harness::{HarnessAuth, HarnessAuthError};
+use self::keys::Keys;
 use self::proxy_token::ProxyTokenAuth;
 use self::resume::ResumeNames;
 use self::ticket::Tickets;
@@ -180,9 +183,15 @@ struct Parts {
     harness: HarnessAuth,
     resume: ResumeNames,
     counters: Arc<TokenCounters>,
+    keys: HashMap<KeyPurpose, Keys>,
 }
 
 impl Auth {
+    /// Signs and verifies with these keys from now on: they were rotated, and are stored.
+    pub fn use_keys(&self, purpose: KeyPurpose, ring: Keyring) {
+        self.0.keys[&purpose].replace(ring);
+    }
+
     /// Reads keys and revocations once. The validator upstream is not asked yet.
     ///
     /// # Errors
@@ -192,20 +201,20 @@ impl Auth {
         let upstream = config.upstream_url.as_deref().filter(|url| !url.is_empty());
         let upstream = upstream.map(|url| Upstream::new(url, config, counters.clone())).transpose()?.map(Arc::new);
         let clock = Clock::system();
-        let cap_keys = store.keyring(KeyPurpose::CapToken).await?;
+        let mut keys = HashMap::new();
+        for purpose in KeyPurpose::ALL {
+            keys.insert(purpose, Keys::new(store.keyring(purpose).await?));
+        }
+        let of = |purpose| keys[&purpose].clone();
         Ok(Self(Arc::new(Parts {
-            cap_tokens: CapTokens::new(store.clone(), cap_keys, config, clock.clone()).await?,
-            tickets: Tickets::new(store.keyring(KeyPurpose::Ticket).await?, config, clock.clone()),
-            harness: HarnessAuth::new(store.keyring(KeyPurpose::Harness).await?, config, clock.clone()),
-            resume: ResumeNames::new(store.keyring(KeyPurpose::Resume).await?),
-            executors: ExecutorAuth::new(
-                store.clone(),
-                store.keyring(KeyPurpose::Executor).await?,
-                upstream.clone(),
-                clock.clone(),
-            ),
+            cap_tokens: CapTokens::new(store.clone(), of(KeyPurpose::CapToken), config, clock.clone()).await?,
+            tickets: Tickets::new(of(KeyPurpose::Ticket), config, clock.clone()),
+            harness: HarnessAuth::new(of(KeyPurpose::Harness), config, clock.clone()),
+            resume: ResumeNames::new(of(KeyPurpose::Resume)),
+            executors: ExecutorAuth::new(store.clone(), of(KeyPurpose::Executor), upstream.clone(), clock.clone()),
             proxy_tokens: ProxyTokenAuth::new(store, upstream, config, clock, counters.clone()),
             counters,
+            keys,
         })))
     }
 
@@ -466,7 +475,7 @@ mod tests {
     #[tokio::test]
     async fn a_validator_that_cannot_be_asked_is_reported_at_start() {
         let dir = crate::store::scratch::ScratchDir::new();
-        let config = config::Auth { upstream_url: Some("https://validator".into()), ..config::Auth::default() };
+        let config = config::Auth { upstream_url: Some("validator:80".into()), ..config::Auth::default() };
         let started = Auth::new(Store::open(dir.path()).unwrap(), &config).await;
         assert!(matches!(started.err(), Some(AuthStartError::Upstream(UpstreamError::Url))));
     }

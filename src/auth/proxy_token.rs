@@ -171,6 +171,17 @@ impl ProxyTokenAuth {
         self.0.forgotten.send_modify(|count| *count += 1);
     }
 
+    /// Whether a validator is configured that does not answer, and has not for so long that no token can be served
+    /// stale. The gateway's own tokens are not touched by that.
+    pub fn is_upstream_down(&self) -> bool {
+        self.0.upstream.as_ref().is_some_and(|upstream| upstream.is_down(self.0.stale))
+    }
+
+    /// Tokens remembered now: good ones, refused ones.
+    pub fn remembered(&self) -> (usize, usize) {
+        (self.0.positives.len(), self.0.negatives.len())
+    }
+
     /// Announces from now on that tokens were forgotten.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.0.forgotten.subscribe()

@@ -11,9 +11,8 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use exec_gateway_protocol::ids::{ExecutorId, WorkspaceId};
 use zeroize::Zeroizing;
 
-use super::cap_token::keys;
+use super::keys::{Keys, verifying};
 use crate::protocol::rpc::ExecutorSessionId;
-use crate::store::Keyring;
 
 /// Tells such a name from others, and leaves room for another form.
 const PREFIX: &str = "hs1.";
@@ -22,11 +21,11 @@ const NONCE_BYTES: usize = 12;
 
 /// Seals and opens names of executor sessions, and credentials.
 pub struct ResumeNames {
-    keys: Keyring,
+    keys: Keys,
 }
 
 impl ResumeNames {
-    pub(super) fn new(keys: Keyring) -> Self {
+    pub(super) fn new(keys: Keys) -> Self {
         Self { keys }
     }
 
@@ -55,7 +54,7 @@ impl ResumeNames {
         let mut nonce = [0; NONCE_BYTES];
         getrandom::fill(&mut nonce).expect("the system gives random bytes");
         let payload = Payload { msg: text.as_bytes(), aad: context };
-        let sealed = cipher(&self.keys.current.secret)
+        let sealed = cipher(&self.keys.now().current.secret)
             .encrypt(Nonce::from_slice(&nonce), payload)
             .expect("names and credentials are far below the cipher's bound");
         URL_SAFE_NO_PAD.encode([&nonce[..], &sealed].concat())
@@ -64,7 +63,8 @@ impl ResumeNames {
     fn disclose(&self, context: &[u8], sealed: &str) -> Option<String> {
         let bytes = URL_SAFE_NO_PAD.decode(sealed).ok()?;
         let (nonce, sealed) = bytes.split_at_checked(NONCE_BYTES)?;
-        keys(&self.keys).find_map(|key| {
+        let ring = self.keys.now();
+        verifying(&ring).find_map(|key| {
             let payload = Payload { msg: sealed, aad: context };
             let text = cipher(&key.secret).decrypt(Nonce::from_slice(nonce), payload).ok()?;
             String::from_utf8(text).ok()

@@ -7,26 +7,25 @@ use exec_gateway_protocol::ids::ExecutorId;
 use exec_gateway_protocol::ticket::{self, TicketError};
 
 use super::Clock;
-use super::cap_token::keys;
+use super::keys::{Keys, verifying};
 use crate::config;
-use crate::store::Keyring;
 
 /// Mints and verifies tickets.
 pub struct Tickets {
-    keys: Keyring,
+    keys: Keys,
     clock: Clock,
     ttl_secs: u64,
 }
 
 impl Tickets {
-    pub(super) fn new(keys: Keyring, config: &config::Auth, clock: Clock) -> Self {
+    pub(super) fn new(keys: Keys, config: &config::Auth, clock: Clock) -> Self {
         Self { keys, clock, ttl_secs: config.ticket_ttl_secs }
     }
 
     /// A ticket of this executor, good for `auth.ticket_ttl_secs` from now.
     pub fn mint(&self, executor: &ExecutorId) -> String {
         let expires_at = self.clock.unix_secs().saturating_add(self.ttl_secs);
-        ticket::mint(executor, expires_at, &self.keys.current.secret)
+        ticket::mint(executor, expires_at, &self.keys.now().current.secret)
     }
 
     /// Checks that the ticket was minted for this executor and has not expired.
@@ -35,7 +34,8 @@ impl Tickets {
     /// [`TicketError`] says what is wrong with it; the caller of a socket is told none of it.
     pub fn verify(&self, ticket: &str, executor: &ExecutorId) -> Result<(), TicketError> {
         let now = self.clock.unix_secs();
-        for key in keys(&self.keys) {
+        let ring = self.keys.now();
+        for key in verifying(&ring) {
             match ticket::verify(ticket, executor, now, &key.secret) {
                 Err(TicketError::BadSignature) => {}
                 verdict => return verdict,

@@ -2,8 +2,9 @@
 //!
 //! Shared by the authentications that ask it; never caches, never follows a redirect, never shows a credential.
 
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,12 +12,17 @@ use exec_gateway_protocol::ids::{UserId, WorkspaceId};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, StatusCode, Uri};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::TokenCounters;
 use crate::config::Secret;
@@ -31,11 +37,14 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
     /// The configured URL is not of the form that the text names.
-    #[error("auth.upstream_url must be http://host[:port][/path], without credentials, query or fragment")]
+    #[error("auth.upstream_url must be http(s)://host[:port][/path], without credentials, query or fragment")]
     Url,
     /// The configured secret cannot stand in a header.
     #[error("auth.upstream_secret must be visible ASCII")]
     Secret,
+    /// No certificate can be checked.
+    #[error("the authorities for auth.upstream_url cannot be read")]
+    Authorities(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// As many questions as allowed were under way all the time.
     #[error("the validator has too many questions to answer")]
     Busy,
@@ -72,13 +81,21 @@ pub(super) enum ExecutorClaim<'a> {
 }
 
 pub(super) struct Upstream {
-    client: Client<HttpConnector, Full<Bytes>>,
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     token_uri: Uri,
     executor_uri: Uri,
     secret: Option<HeaderValue>,
     timeout: Duration,
     permits: Semaphore,
     counters: Arc<TokenCounters>,
+    last: Mutex<LastQuestion>,
+}
+
+/// How the validator did lately.
+#[derive(Default)]
+struct LastQuestion {
+    failed: bool,
+    answered_at: Option<Instant>,
 }
 
 impl Upstream {
@@ -90,17 +107,30 @@ impl Upstream {
     ) -> Result<Self, UpstreamError> {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
+        // So that it is given https addresses; TLS is put around it.
+        connector.enforce_http(false);
+        let token_uri = endpoint(url, "/internal/validate-proxy-token")?;
+        let roots = match token_uri.scheme_str() {
+            Some("https") => authorities(config.upstream_authorities.as_deref()).map_err(UpstreamError::Authorities)?,
+            _ => RootCertStore::empty(),
+        };
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls(roots))
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(connector);
         Ok(Self {
             client: Client::builder(TokioExecutor::new())
                 .pool_timer(TokioTimer::new())
                 .pool_idle_timeout(IDLE_TIMEOUT)
                 .build(connector),
-            token_uri: endpoint(url, "/internal/validate-proxy-token")?,
+            token_uri,
             executor_uri: endpoint(url, "/internal/codex-auth/validate")?,
             secret: config.upstream_secret.as_ref().map(secret_header).transpose()?,
             timeout: Duration::from_secs(config.upstream_timeout_secs),
             permits: Semaphore::new(config.upstream_requests_max.clamp(1, Semaphore::MAX_PERMITS)),
             counters,
+            last: Mutex::default(),
         })
     }
 
@@ -149,7 +179,7 @@ impl Upstream {
     async fn ask(&self, uri: &Uri, question: &impl Serialize) -> Result<(StatusCode, Bytes), UpstreamError> {
         let body = Bytes::from(serde_json::to_vec(question).expect("a question holds only strings"));
         let permit = timeout(self.timeout, self.permits.acquire()).await;
-        let _permit = self.judge(permit.map_err(|_| UpstreamError::Busy))?.expect("the semaphore is never closed");
+        let _permit = self.counted(permit.map_err(|_| UpstreamError::Busy))?.expect("the semaphore is never closed");
         self.counters.upstream_requests.fetch_add(1, Relaxed);
         let exchange = async {
             match self.exchange(uri, body.clone()).await {
@@ -160,7 +190,7 @@ impl Upstream {
                 answer => answer,
             }
         };
-        self.judge(timeout(self.timeout, exchange).await.unwrap_or(Err(UpstreamError::Timeout)))
+        self.counted(timeout(self.timeout, exchange).await.unwrap_or(Err(UpstreamError::Timeout)))
     }
 
     async fn exchange(&self, uri: &Uri, body: Bytes) -> Result<(StatusCode, Bytes), UpstreamError> {
@@ -177,11 +207,29 @@ impl Upstream {
         Ok((status, body.to_bytes()))
     }
 
-    fn judge<T>(&self, outcome: Result<T, UpstreamError>) -> Result<T, UpstreamError> {
-        if outcome.is_err() {
+    /// Counts a failure on the way to a verdict.
+    fn counted<T>(&self, step: Result<T, UpstreamError>) -> Result<T, UpstreamError> {
+        if step.is_err() {
             self.counters.upstream_failures.fetch_add(1, Relaxed);
+            self.last.lock().unwrap_or_else(PoisonError::into_inner).failed = true;
         }
-        outcome
+        step
+    }
+
+    /// The same at the end of the way.
+    fn judge<T>(&self, verdict: Result<T, UpstreamError>) -> Result<T, UpstreamError> {
+        if verdict.is_ok() {
+            let now = Some(Instant::now());
+            *self.last.lock().unwrap_or_else(PoisonError::into_inner) =
+                LastQuestion { failed: false, answered_at: now };
+        }
+        self.counted(verdict)
+    }
+
+    /// Whether the last question failed, and nobody can have been confirmed by the service within `stale`.
+    pub(super) fn is_down(&self, stale: Duration) -> bool {
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.failed && last.answered_at.is_none_or(|at| at.elapsed() >= stale)
     }
 }
 
@@ -189,9 +237,37 @@ fn refused_to_connect(cause: &(dyn std::error::Error + Send + Sync + 'static)) -
     cause.downcast_ref::<hyper_util::client::legacy::Error>().is_some_and(hyper_util::client::legacy::Error::is_connect)
 }
 
+/// Those by whom the service's certificate is checked: of that file, or of the system.
+fn authorities(path: Option<&Path>) -> Result<RootCertStore, Box<dyn std::error::Error + Send + Sync>> {
+    let mut roots = RootCertStore::empty();
+    match path {
+        Some(path) => {
+            for certificate in CertificateDer::pem_file_iter(path)? {
+                roots.add(certificate?)?;
+            }
+        }
+        None => {
+            // Systems keep certificates that are not understood here; one that is missing refuses the service later.
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        }
+    }
+    if roots.is_empty() {
+        return Err("there is no certificate of an authority".into());
+    }
+    Ok(roots)
+}
+
+fn tls(roots: RootCertStore) -> ClientConfig {
+    ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .expect("the provider knows the usual versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth()
+}
+
 fn endpoint(base: &str, path: &str) -> Result<Uri, UpstreamError> {
     let uri: Uri = base.parse().map_err(|_| UpstreamError::Url)?;
-    let plain = uri.scheme_str() == Some("http")
+    let plain = matches!(uri.scheme_str(), Some("http" | "https"))
         && uri.query().is_none()
         && !base.contains('#')
         && uri.authority().is_some_and(|authority| !authority.as_str().contains('@'));
@@ -232,8 +308,7 @@ mod tests {
 
     #[test]
     fn a_base_url_with_anything_secret_or_unknown_in_it_is_refused() {
-        for bad in ["https://v", "v:80", "/path", "http://user:pass@v", "http://v/?key=1", "http://v/#x", "", "http://"]
-        {
+        for bad in ["ftp://v", "v:80", "/path", "http://user:pass@v", "http://v/?key=1", "http://v/#x", "", "http://"] {
             assert!(matches!(endpoint(bad, "/x"), Err(UpstreamError::Url)), "{bad:?}");
         }
     }

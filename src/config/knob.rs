@@ -2,10 +2,11 @@
 //! Knows nothing of where a value came from, and never shows a secret.
 
 use std::borrow::Cow;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+use ipnet::IpNet;
 use serde_json::Value;
 
 use super::{Config, LogFormat, LogLevel, Secret};
@@ -38,6 +39,8 @@ pub enum Kind {
     Secret,
     /// A whole number.
     Number,
+    /// A list of addresses without port, or ranges of them.
+    Networks,
     /// A list of texts.
     Texts,
     /// One of these words.
@@ -98,7 +101,7 @@ impl Knob {
 impl Kind {
     /// Whether it holds several values.
     pub fn is_list(self) -> bool {
-        matches!(self, Self::Addresses | Self::Texts)
+        matches!(self, Self::Addresses | Self::Networks | Self::Texts)
     }
 
     /// What stands for a value in help texts.
@@ -109,7 +112,7 @@ impl Kind {
             Self::Url => "URL".into(),
             Self::Secret => "SECRET".into(),
             Self::Number => "N".into(),
-            Self::Texts => "LIST".into(),
+            Self::Networks | Self::Texts => "LIST".into(),
             Self::Choice(words) => words.join("|").into(),
         }
     }
@@ -118,7 +121,7 @@ impl Kind {
     pub(super) fn in_file(self) -> &'static str {
         match self {
             Self::Number => "a whole number",
-            Self::Addresses | Self::Texts => "an array of texts in quotes",
+            Self::Addresses | Self::Networks | Self::Texts => "an array of texts in quotes",
             _ => "a text in quotes",
         }
     }
@@ -182,6 +185,21 @@ impl Setting for Vec<String> {
     }
     fn show(&self) -> Value {
         self.clone().into()
+    }
+}
+
+impl Setting for Vec<IpNet> {
+    const KIND: Kind = Kind::Networks;
+    fn parse(items: &[String]) -> Result<Self, String> {
+        let network = |text: &String| {
+            let address = || text.parse::<IpAddr>().ok().map(IpNet::from);
+            let network = text.parse().ok().or_else(address);
+            network.ok_or_else(|| format!("`{text}` is no address or network like 10.0.0.0/8"))
+        };
+        items.iter().map(network).collect()
+    }
+    fn show(&self) -> Value {
+        self.iter().map(ToString::to_string).collect()
     }
 }
 

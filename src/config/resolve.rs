@@ -445,6 +445,7 @@ mod tests {
             Kind::Path => quoted("elsewhere"),
             Kind::Url => quoted("http://other.test"),
             Kind::Secret => quoted("hunter2"),
+            Kind::Networks => ("10.0.0.0/8, ::1".into(), r#"["10.0.0.0/8", "::1"]"#.into()),
             Kind::Texts => ("A_*, B".into(), r#"["A_*", "B"]"#.into()),
             Kind::Number => {
                 let number = knob.get(&Config::default()).as_u64().unwrap() + 1;

@@ -5,6 +5,7 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,12 +24,16 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, SetOnce};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::body::Body;
+use super::peer::{Peer, is_trusted};
 use super::stall::StallLimit;
+use super::tls::{ClientCertified, Tls};
+use super::transport::Transport;
 use crate::config;
 
 /// Pause after the kernel refused to accept (no file descriptors left, usually): it lasts until a connection ends.
@@ -58,6 +63,7 @@ impl Ending {
 pub struct Listener<S> {
     settings: config::Edge,
     service: S,
+    tls: Option<Arc<Tls>>,
     permits: Arc<Semaphore>,
     /// Every connection task, for shutdown to wait on.
     pub connections: TaskTracker,
@@ -70,12 +76,13 @@ where
     S: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    /// A listener that answers with `service`.
-    pub fn new(settings: config::Edge, service: S) -> Arc<Self> {
+    /// A listener that answers with `service`, through TLS if there is one.
+    pub fn new(settings: config::Edge, tls: Option<Arc<Tls>>, service: S) -> Arc<Self> {
         Arc::new(Self {
             permits: Arc::new(Semaphore::new(settings.connections_max)),
             settings,
             service,
+            tls,
             connections: TaskTracker::new(),
             drain: CancellationToken::new(),
         })
@@ -94,10 +101,10 @@ where
                 () = stop.cancelled() => return,
             };
             match accepted {
-                Ok((stream, _)) => {
+                Ok((stream, address)) => {
                     let listener = self.clone();
                     self.connections.spawn(async move {
-                        listener.serve(stream).await;
+                        listener.serve(stream, address).await;
                         drop(permit);
                     });
                 }
@@ -110,14 +117,38 @@ where
         }
     }
 
-    async fn serve(&self, stream: TcpStream) {
+    /// The connection with TLS around it, if this listener has it, and whether its client has shown a certificate.
+    async fn transport(&self, stream: TcpStream) -> Option<(Transport, Option<ClientCertified>)> {
+        let Some(tls) = &self.tls else { return Some((Transport::Plain(stream), None)) };
+        // As long as a client has for its first request.
+        let patience = Duration::from_secs(self.settings.header_timeout_secs);
+        match timeout(patience, tls.acceptor().accept(stream)).await {
+            Ok(Ok(stream)) => {
+                let certified = is_certified(&stream);
+                Some((Transport::Tls(Box::new(stream)), certified))
+            }
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "a TLS handshake failed");
+                None
+            }
+            Err(_) => None,
+        }
+    }
+
+    async fn serve(&self, stream: TcpStream, address: SocketAddr) {
         tune(&stream, Duration::from_secs(self.settings.tcp_user_timeout_secs));
+        let trusted = is_trusted(&self.settings.trusted_proxies, address.ip());
+        let peer = Peer { address, tls: self.tls.is_some(), trusted };
+        let Some((stream, certified)) = self.transport(stream).await else { return };
 
         let activity = Arc::new(Activity::new(&self.settings));
         let service = {
             let activity = activity.clone();
             let (service, drain) = (self.service.clone(), self.drain.clone());
-            service_fn(move |request| {
+            service_fn(move |mut request: Request<Incoming>| {
+                let extensions = request.extensions_mut();
+                extensions.insert(peer);
+                certified.map(|certified| extensions.insert(certified));
                 let busy = Busy::new(activity.clone());
                 let (answer, drain) = (service(request), drain.clone());
                 async move {
@@ -177,6 +208,10 @@ where
             }
         }
     }
+}
+
+fn is_certified(stream: &TlsStream<TcpStream>) -> Option<ClientCertified> {
+    stream.get_ref().1.peer_certificates().map(|_| ClientCertified)
 }
 
 /// Lets the kernel find a peer that vanished: by bytes it does not take, and where none are sent by its silence to
@@ -302,7 +337,7 @@ mod tests {
     #[tokio::test]
     async fn a_peer_that_takes_nothing_is_cut_by_the_kernel() {
         let settings = config::Edge { tcp_user_timeout_secs: 1, ..config::Edge::default() };
-        let listener = Listener::new(settings, |_| async { Response::new(full(vec![0; 64 << 20])) });
+        let listener = Listener::new(settings, None, |_| async { Response::new(full(vec![0; 64 << 20])) });
         let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = socket.local_addr().unwrap();
         let stop = CancellationToken::new();

@@ -3,6 +3,9 @@
 pub mod body;
 pub mod burst;
 pub mod listener;
+pub mod peer;
 pub mod router;
 pub mod stall;
+pub mod tls;
+pub mod transport;
 pub mod upgrade;

@@ -8,7 +8,6 @@ use hyper::header::{
 };
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
@@ -16,6 +15,7 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use super::body::{Body, full};
 use super::burst::BurstRead;
 use super::stall::StallLimit;
+use super::transport::Transport;
 
 /// The request is not a WebSocket handshake of RFC 6455 §4.2.1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -27,6 +27,9 @@ pub enum UpgradeError {
     #[error("only WebSocket version 13 is spoken")]
     Version,
 }
+
+/// What a WebSocket of the gateway's is made of.
+pub type SocketStream = BurstRead<Transport>;
 
 /// Sizes and buffers of one socket.
 #[derive(Debug, Clone, Copy)]
@@ -73,7 +76,7 @@ pub fn accept<B>(
     mut request: Request<B>,
     protocol: Option<HeaderValue>,
     limits: SocketLimits,
-) -> (Response<Body>, impl Future<Output = Option<WebSocketStream<BurstRead<TcpStream>>>>) {
+) -> (Response<Body>, impl Future<Output = Option<WebSocketStream<SocketStream>>>) {
     let key = request.headers().get(SEC_WEBSOCKET_KEY).map_or(&b""[..], HeaderValue::as_bytes);
     let accept = derive_accept_key(key);
     let mut response = Response::new(full(""));
@@ -87,8 +90,8 @@ pub fn accept<B>(
     }
     let upgraded = hyper::upgrade::on(&mut request);
     let socket = async move {
-        // Taking the TCP stream out of hyper's boxes saves their buffers on every idle socket.
-        let parts = upgraded.await.ok()?.downcast::<TokioIo<StallLimit<TcpStream>>>().ok()?;
+        // Taking the transport out of hyper's boxes saves their buffers on every idle socket.
+        let parts = upgraded.await.ok()?.downcast::<TokioIo<StallLimit<Transport>>>().ok()?;
         let stream = BurstRead::new(parts.io.into_inner().into_inner());
         let read = parts.read_buf.to_vec();
         Some(WebSocketStream::from_partially_read(stream, read, Role::Server, Some(limits.into())).await)

@@ -1,4 +1,4 @@
-//! The operators' listener: alive, ready, metrics. It answers under any load, since no caller reaches it.
+//! The operators' listener: alive, ready, metrics, state. It answers under any load, since no caller reaches it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,12 +9,15 @@ use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
+use serde_json::Value;
 
 use crate::edge::body::{Body, full};
 use crate::store::Store;
 
 /// Longest time the store may take to prove that it writes.
 const STORE_WAIT: Duration = Duration::from_secs(2);
+
+const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 
 /// What operators can ask.
 pub struct Health {
@@ -24,6 +27,10 @@ pub struct Health {
     pub registry: Registry,
     /// Whether the gateway takes new work.
     pub serving: AtomicBool,
+    /// What else keeps the gateway from its work, in a few words each.
+    pub troubles: Box<dyn Fn() -> Vec<&'static str> + Send + Sync>,
+    /// What `/debug/state` prints.
+    pub state: Box<dyn Fn() -> Value + Send + Sync>,
 }
 
 impl Health {
@@ -36,18 +43,26 @@ impl Health {
             "/healthz" => text(StatusCode::OK, "ok\n"),
             "/readyz" => self.ready().await,
             "/metrics" => self.metrics(),
-            _ => text(StatusCode::NOT_FOUND, "/healthz /readyz /metrics\n"),
+            "/debug/state" => self.state(),
+            _ => text(StatusCode::NOT_FOUND, "/healthz /readyz /metrics /debug/state\n"),
         }
     }
 
+    /// All that keeps the gateway from its work, a line each.
     async fn ready(&self) -> Response<Body> {
+        let mut troubles = Vec::new();
         if !self.serving.load(Ordering::Relaxed) {
-            return text(StatusCode::SERVICE_UNAVAILABLE, "draining\n");
+            troubles.push("draining");
         }
         match tokio::time::timeout(STORE_WAIT, self.store.health()).await {
-            Ok(Ok(())) => text(StatusCode::OK, "ready\n"),
-            Ok(Err(_)) | Err(_) => text(StatusCode::SERVICE_UNAVAILABLE, "store does not write\n"),
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(_) => troubles.push("store does not write"),
         }
+        troubles.extend((self.troubles)());
+        if troubles.is_empty() {
+            return text(StatusCode::OK, "ready\n");
+        }
+        text(StatusCode::SERVICE_UNAVAILABLE, troubles.join("\n") + "\n")
     }
 
     fn metrics(&self) -> Response<Body> {
@@ -55,16 +70,23 @@ impl Health {
         if encode(&mut page, &self.registry).is_err() {
             return text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be written\n");
         }
-        let mut response = Response::new(full(page));
         let open_metrics = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
-        response.headers_mut().insert(CONTENT_TYPE, open_metrics);
-        response
+        answer(StatusCode::OK, open_metrics, page)
+    }
+
+    fn state(&self) -> Response<Body> {
+        let page = format!("{:#}\n", (self.state)());
+        answer(StatusCode::OK, HeaderValue::from_static("application/json"), page)
     }
 }
 
-fn text(status: StatusCode, text: &'static str) -> Response<Body> {
-    let mut response = Response::new(full(text));
+fn text(status: StatusCode, text: impl Into<String>) -> Response<Body> {
+    answer(status, TEXT, text.into())
+}
+
+fn answer(status: StatusCode, kind: HeaderValue, page: String) -> Response<Body> {
+    let mut response = Response::new(full(page));
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response.headers_mut().insert(CONTENT_TYPE, kind);
     response
 }

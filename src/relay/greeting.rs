@@ -14,7 +14,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
 use super::client::CLIENT_NAME;
-use super::shared::{Limits, RETENTION, Shared};
+use super::shared::{Limits, Shared};
 use crate::config;
 use crate::protocol::rpc::{
     ALREADY_ATTACHED, EnvironmentInfoRead, ExecutorSessionId, INITIALIZED, Incoming, Initialize, Method, RequestId,
@@ -54,8 +54,8 @@ pub enum Former {
     None,
     /// A socket of this gateway process.
     Socket(Box<Shared>),
-    /// A socket of an earlier gateway process.
-    Stored(ExecutorSessionId),
+    /// A socket of an earlier gateway process, with the processes on it, by their names at the executor.
+    Stored(ExecutorSessionId, Vec<String>),
 }
 
 impl Former {
@@ -64,7 +64,7 @@ impl Former {
         match self {
             Self::None => None,
             Self::Socket(shared) => shared.session(),
-            Self::Stored(session) => Some(session),
+            Self::Stored(session, _) => Some(session),
         }
     }
 }
@@ -97,7 +97,11 @@ where
     let new = |adopts| Box::new(Shared::new(limits, greeting.session, greeting.environment, adopts));
     Ok(match former {
         Former::Socket(shared) if greeting.resumed => shared,
-        Former::Stored(_) if greeting.resumed => new(Some(Instant::now() + RETENTION)),
+        Former::Stored(_, processes) if greeting.resumed => {
+            let mut shared = new(Some(Instant::now() + Duration::from_secs(settings.adopt_secs)));
+            shared.adopt(&processes);
+            shared
+        }
         _ => new(None),
     })
 }

@@ -1,19 +1,18 @@
 //! A harness's socket: which kind of harness it is, and what it and its executor say to each other.
 //!
-//! The task that serves the socket owns it. Frames of an encrypted harness are handed on as they are and cannot be read
-//! here; messages of a plain one are, but only what concerns executor sessions is changed (`gate`).
+//! The task that serves the socket owns it, and goes on for a moment when it breaks (`comeback`). Frames of an
+//! encrypted harness are handed on as they are and cannot be read here; messages of a plain one are, but only what
+//! concerns executor sessions is changed (`gate`).
 
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use dashmap::DashMap;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{AcquireError, Semaphore};
+use tokio::sync::{AcquireError, Semaphore, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
@@ -21,8 +20,10 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message, Utf8Bytes};
 use tokio_util::sync::CancellationToken;
 
+use super::comeback::{Comeback, Place, Places, Sent, Turn, WayBack};
 use super::conversation::{Conversation, ConversationEnd, MessageReceiver, MessageSender};
 use super::gate::{self, Said};
+use super::link::LinkHandle;
 use super::spill::{Spill, SpillError};
 use super::stream::{Delivery, StreamEnd, StreamHandle};
 use crate::config;
@@ -67,6 +68,8 @@ pub enum HarnessEnd {
     Replaced,
     /// The harness reads so slowly that what waits for it is too much.
     Overrun,
+    /// The harness came back for a stream that is not there any more, or for frames that are not.
+    Unresumable,
 }
 
 impl HarnessEnd {
@@ -83,6 +86,7 @@ impl HarnessEnd {
             Self::Refused => (CloseCode::Policy, "the right to this executor has ended"),
             Self::Replaced => (CloseCode::Normal, "resumed on another socket"),
             Self::Overrun => (CloseCode::Policy, "the harness reads too slowly"),
+            Self::Unresumable => (CloseCode::Again, "the stream cannot be resumed"),
         };
         Some(CloseFrame { code, reason: reason.into() })
     }
@@ -106,6 +110,7 @@ impl HarnessEnd {
             Self::Refused => "refused",
             Self::Replaced => "replaced",
             Self::Overrun => "overrun",
+            Self::Unresumable => "unresumable",
         }
     }
 }
@@ -157,6 +162,8 @@ pub enum Flavour {
     Messages(Framing, Bytes),
     /// Encrypted frames of one stream, from the first to the handshake.
     Encrypted(StreamId, Vec<Bytes>),
+    /// One that is back for its own stream, and lacks the frames from this number on.
+    Back(StreamId, u32),
 }
 
 /// How a plain harness's messages stand in its socket.
@@ -172,6 +179,16 @@ pub enum Framing {
     },
 }
 
+impl Framing {
+    /// The harness's own stream, if it has one.
+    pub fn stream(&self) -> Option<&StreamId> {
+        match self {
+            Self::Whole => None,
+            Self::Frames { stream, .. } => Some(stream),
+        }
+    }
+}
+
 /// What a harness and the gateway agreed on about executor sessions: names that open again on another socket.
 pub struct Names<'a> {
     /// The name that a harness is given.
@@ -184,33 +201,22 @@ pub struct Names<'a> {
 
 /// Which executor sessions plain harnesses use right now: one that is resumed ends the socket that had it before.
 #[derive(Default)]
-pub struct AttachedSessions {
-    sockets: DashMap<String, (u64, CancellationToken)>,
-    next: AtomicU64,
-}
+pub struct AttachedSessions(Places<String, CancellationToken>);
 
 /// A socket's hold on a session.
 struct Hold<'a> {
-    sessions: &'a AttachedSessions,
-    session: String,
-    number: u64,
+    _place: Place<'a, String, CancellationToken>,
     replaced: CancellationToken,
 }
 
 impl AttachedSessions {
     fn hold(&self, session: &ExecutorSessionId) -> Hold<'_> {
-        let (session, number) = (session.reveal().to_owned(), self.next.fetch_add(1, Ordering::Relaxed));
         let replaced = CancellationToken::new();
-        if let Some((_, former)) = self.sockets.insert(session.clone(), (number, replaced.clone())) {
+        let (place, former) = self.0.hold(session.reveal().to_owned(), replaced.clone());
+        if let Some(former) = former {
             former.cancel();
         }
-        Hold { sessions: self, session, number, replaced }
-    }
-}
-
-impl Drop for Hold<'_> {
-    fn drop(&mut self) {
-        self.sessions.sockets.remove_if(&self.session, |_, (number, _)| *number == self.number);
+        Hold { _place: place, replaced }
     }
 }
 
@@ -221,9 +227,18 @@ pub struct HarnessSocket<S> {
     heard: Heard,
     /// What waits to be written to it.
     outbox: Spill,
+    history: Option<History<S>>,
 }
 
-type Sink<S> = SplitSink<WebSocketStream<S>, Message>;
+pub(super) type Sink<S> = SplitSink<WebSocketStream<S>, Message>;
+pub(super) type SourceStream<S> = SplitStream<WebSocketStream<S>>;
+
+/// The writing half's part of the way back.
+struct History<S> {
+    stream: StreamId,
+    sent: Sent,
+    turns: mpsc::UnboundedReceiver<Turn<S>>,
+}
 
 /// When the harness was last heard.
 #[derive(Clone)]
@@ -241,8 +256,9 @@ impl Heard {
 
 /// The reading half of a socket.
 struct Source<S> {
-    stream: SplitStream<WebSocketStream<S>>,
+    stream: SourceStream<S>,
     heard: Heard,
+    way_back: Option<WayBack<S>>,
 }
 
 /// What a harness says.
@@ -252,19 +268,42 @@ enum Word {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Source<S> {
-    /// The next message of the harness.
+    /// The next message of the harness, on whichever of its sockets. Cancelling may lose its way back.
     async fn next(&mut self) -> Result<Word, HarnessEnd> {
-        while let Some(message) = self.stream.next().await {
+        loop {
+            let message = match &mut self.way_back {
+                None => self.stream.next().await,
+                // Its socket may be dead and not know it.
+                Some(way_back) => tokio::select! {
+                    biased;
+                    Some(comeback) = way_back.comebacks.recv() => {
+                        self.stream = way_back.take_up(comeback);
+                        continue;
+                    }
+                    message = self.stream.next() => message,
+                },
+            };
             self.heard.now();
             match message {
-                Ok(Message::Text(text)) => return Ok(Word::Text(text.into())),
-                Ok(Message::Binary(bytes)) => return Ok(Word::Binary(bytes)),
-                Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
-                Err(SocketError::Capacity(_)) => return Err(HarnessEnd::TooLarge),
-                Ok(Message::Close(_)) | Err(_) => break,
+                Some(Ok(Message::Text(text))) => return Ok(Word::Text(text.into())),
+                Some(Ok(Message::Binary(bytes))) => return Ok(Word::Binary(bytes)),
+                Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => {}
+                Some(Err(SocketError::Capacity(_))) => return Err(HarnessEnd::TooLarge),
+                Some(Ok(Message::Close(_))) => return Err(HarnessEnd::Peer),
+                None | Some(Err(_)) => {
+                    let way_back = self.way_back.as_mut().ok_or(HarnessEnd::Peer)?;
+                    let comeback = way_back.wait().await.ok_or(HarnessEnd::Peer)?;
+                    self.stream = way_back.take_up(comeback);
+                }
             }
         }
-        Err(HarnessEnd::Peer)
+    }
+
+    /// All before this number has come.
+    fn lacks(&mut self, seq: u32) {
+        if let Some(way_back) = &mut self.way_back {
+            way_back.gateway_lacks = seq;
+        }
     }
 
     /// The next JSON-RPC message of a plain harness.
@@ -280,7 +319,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Source<S> {
             // Texts, and what does not decode or is of another stream, are for nobody.
             let Word::Binary(wire) = self.next().await? else { continue };
             match Frame::decode(wire).ok().filter(|frame| frame.stream_id == *stream).map(|frame| frame.body) {
-                Some(Body::Data(data)) => received.receive(data)?,
+                Some(Body::Data(data)) => {
+                    received.receive(data)?;
+                    self.lacks(received.acknowledgement().0);
+                }
                 Some(Body::Reset { .. }) => return Err(HarnessEnd::Peer),
                 _ => {}
             }
@@ -316,7 +358,39 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
     pub fn new(socket: WebSocketStream<S>, outbox: Spill) -> Self {
         let (sink, stream) = socket.split();
         let heard = Heard(Arc::new(Mutex::new(Instant::now())));
-        Self { sink, source: Source { stream, heard: heard.clone() }, heard, outbox }
+        Self { sink, source: Source { stream, heard: heard.clone(), way_back: None }, heard, outbox, history: None }
+    }
+
+    /// Lets the harness come back to its stream on this link when its socket breaks, as long as `settings` say.
+    pub fn wait_for_comebacks(
+        &mut self,
+        stream: StreamId,
+        comebacks: mpsc::Receiver<Comeback<S>>,
+        workspace: &WorkspaceId,
+        link: &LinkHandle,
+        settings: &config::Link,
+    ) {
+        let (told, turns) = mpsc::unbounded_channel();
+        self.history = Some(History { stream, sent: Sent::new(settings.comeback_bytes_max), turns });
+        self.source.way_back = Some(WayBack {
+            comebacks,
+            turns: told,
+            link: link.clone(),
+            workspace: workspace.clone(),
+            wait: Duration::from_secs(settings.comeback_wait_secs),
+            gateway_lacks: 0,
+        });
+    }
+
+    /// Tells the harness that its stream is not there any more.
+    pub async fn reset(&mut self, stream_id: StreamId) {
+        let reset = Frame { stream_id, body: Body::Reset { reason: "no such stream".into() } };
+        let _ = timeout(CLOSE_TIMEOUT, self.sink.send(Message::Binary(reset.encode()))).await;
+    }
+
+    /// Hands the socket on, to the task that has the stream.
+    pub fn back(self, next_seq: u32) -> Comeback<S> {
+        Comeback { sink: self.sink, stream: self.source.stream, next_seq }
     }
 
     /// Reads until it is known what kind of harness this is.
@@ -344,7 +418,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         let stream = frame.stream_id.detached();
         match frame.body {
             Body::Handshake { .. } => return Ok(Flavour::Encrypted(stream, vec![wire])),
-            Body::Resume { .. } => {}
+            Body::Resume { next_seq: 0 } => {}
+            Body::Resume { next_seq } => return Ok(Flavour::Back(stream, next_seq)),
             _ => return Err(HarnessEnd::Protocol("first frame must be Resume")),
         }
         let limits = EndpointLimits { message_bytes_max, ..EndpointLimits::default() };
@@ -377,7 +452,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         settings: &config::Link,
     ) -> HarnessEnd {
         let (id, link) = (stream.id().clone(), stream.link().clone());
-        let Self { sink, source, heard, outbox } = self;
+        let Self { sink, source, heard, outbox, history } = self;
         let wait = Duration::from_secs(settings.handshake_timeout_secs);
         let turns = async {
             // First that of the workspace: whoever waits for it takes no place of others.
@@ -409,7 +484,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
                     Some(Body::Reset { .. }) => return Err(HarnessEnd::Peer),
                     // An executor answers a second handshake with a reset and keeps the stream.
                     None | Some(Body::Handshake { .. }) => link.drop_frame(),
-                    Some(_) => link.send(wire).await?,
+                    Some(body) => {
+                        link.send(wire).await?;
+                        if let Body::Data(data) = body {
+                            source.lacks(data.seq.saturating_add(1));
+                        }
+                    }
                 }
             }
         };
@@ -423,7 +503,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
             }
         };
         let mut writing = Writing::Frame;
-        let end = first_end(upwards, downwards, write(sink, outbox, &mut writing, heard, settings)).await;
+        let end = first_end(upwards, downwards, write(sink, outbox, &mut writing, history, heard, settings)).await;
         if end.is_of_executor() {
             let reset = Frame { stream_id: id, body: Body::Reset { reason: "the stream has ended".into() } };
             flush(sink, outbox, &mut writing, Some(reset.encode())).await;
@@ -449,12 +529,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         names: &Names<'_>,
         settings: &config::Link,
     ) -> HarnessEnd {
-        let Self { sink, source, heard, outbox } = self;
+        let Self { sink, source, heard, outbox, history } = self;
         let Conversation { mut sender, mut receiver } = conversation;
         let mut writing = match &framing {
             Framing::Whole => Writing::Text,
             Framing::Frames { stream, .. } => Writing::Data(stream.clone(), Endpoint::new(EndpointLimits::default())),
         };
+        if let Framing::Frames { received, .. } = &framing {
+            source.lacks(received.acknowledgement().0);
+        }
         // As many as an executor takes without locking up, whatever the harness asks.
         let slots = Semaphore::new(settings.requests_in_flight_max);
         let talk = async {
@@ -492,7 +575,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
             };
             Err::<(), HarnessEnd>(first_end(upwards, downwards, replaced).await)
         };
-        let writes = write(sink, outbox, &mut writing, heard, settings);
+        let writes = write(sink, outbox, &mut writing, history, heard, settings);
         let end = first_end(talk, std::future::pending(), writes).await;
         if end.is_of_executor() {
             flush(sink, outbox, &mut writing, None).await;
@@ -617,11 +700,12 @@ async fn first_end(
     end.err().unwrap_or(HarnessEnd::Peer)
 }
 
-/// Writes to the harness what is queued, and pings it.
+/// Writes to the harness what is queued, and pings it; while its socket is broken, neither.
 async fn write<S: AsyncRead + AsyncWrite + Unpin>(
     sink: &mut Sink<S>,
     outbox: &Spill,
     writing: &mut Writing,
+    history: &mut Option<History<S>>,
     heard: &Heard,
     settings: &config::Link,
 ) -> Result<(), HarnessEnd> {
@@ -629,32 +713,100 @@ async fn write<S: AsyncRead + AsyncWrite + Unpin>(
     let ping_every = Duration::from_secs(settings.ping_secs);
     let mut ping = interval_at(Instant::now() + ping_every, ping_every);
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut broken = false;
     loop {
-        let written = tokio::select! {
-            biased;
-            _ = ping.tick() => {
-                if heard.silence() >= dead {
-                    return Err(HarnessEnd::Silent);
-                }
-                timeout(dead, async { Ok(sink.send(Message::Ping(Bytes::new())).await?) }).await
-            }
-            next = outbox.pop() => timeout(dead, write_batch(sink, next?, outbox, writing)).await,
+        let (mut sent, turns) = match history {
+            Some(History { sent, turns, .. }) => (Some(sent), Some(turns)),
+            None => (None, None),
         };
-        written.unwrap_or(Err(HarnessEnd::Silent))?;
+        let turn = async {
+            match turns {
+                Some(turns) => turns.recv().await,
+                None => None,
+            }
+        };
+        let step = async {
+            tokio::select! {
+                biased;
+                _ = ping.tick() => {
+                    if heard.silence() >= dead {
+                        return Err(HarnessEnd::Silent);
+                    }
+                    if broken {
+                        return Ok(());
+                    }
+                    timeout(dead, async { Ok(sink.send(Message::Ping(Bytes::new())).await?) }).await
+                }
+                next = outbox.pop(), if !broken => {
+                    timeout(dead, write_batch(sink, next?, outbox, writing, sent.as_deref_mut())).await
+                }
+            }
+            .unwrap_or(Err(HarnessEnd::Silent))
+        };
+        let (turn, mut written) = tokio::select! {
+            biased;
+            // Also while a write takes its time to fail: what was begun is in the history.
+            Some(turn) = turn => (Some(turn), Ok(())),
+            written = step => (None, written),
+        };
+        match (turn, &*history) {
+            (Some(Turn::Back { sink: next, harness_lacks, gateway_lacks }), Some(history)) => {
+                (*sink, broken) = (next, false);
+                let back = timeout(dead, go_on(sink, history, harness_lacks, gateway_lacks)).await;
+                written = back.unwrap_or(Err(HarnessEnd::Silent));
+            }
+            (Some(_), _) => broken = true,
+            (None, _) => {}
+        }
+        match written {
+            // The reading half finds out whether the harness comes back.
+            Err(HarnessEnd::Peer) if history.is_some() => broken = true,
+            written => written?,
+        }
     }
 }
 
-/// Writes one message and those that wait behind it in memory, then flushes once.
+/// Tells a harness that is back what the gateway lacks, and sends what the harness does.
+async fn go_on<S: AsyncRead + AsyncWrite + Unpin>(
+    sink: &mut Sink<S>,
+    history: &History<S>,
+    harness_lacks: u32,
+    gateway_lacks: u32,
+) -> Result<(), HarnessEnd> {
+    let frame = |body| Message::Binary(Frame { stream_id: history.stream.clone(), body }.encode());
+    let frames = match history.sent.since(harness_lacks) {
+        Ok(frames) => frames,
+        Err(end) => {
+            sink.send(frame(Body::Reset { reason: "no longer kept".into() })).await?;
+            return Err(end);
+        }
+    };
+    sink.feed(frame(Body::Resume { next_seq: gateway_lacks })).await?;
+    for wire in frames {
+        sink.feed(Message::Binary(wire)).await?;
+    }
+    Ok(sink.flush().await?)
+}
+
+/// Writes one message and those that wait behind it in memory, then flushes once. Kept is what is given to the socket,
+/// whatever becomes of it.
 async fn write_batch<S: AsyncRead + AsyncWrite + Unpin>(
     sink: &mut Sink<S>,
     first: Bytes,
     outbox: &Spill,
     writing: &mut Writing,
+    mut sent: Option<&mut Sent>,
 ) -> Result<(), HarnessEnd> {
-    sink.feed(writing.message(first)?).await?;
-    for _ in 1..WRITE_BATCH {
-        let Some(next) = outbox.try_pop()? else { break };
-        sink.feed(writing.message(next)?).await?;
+    let mut next = Some(first);
+    let mut room = WRITE_BATCH;
+    while let Some(bytes) = next {
+        let message = writing.message(bytes)?;
+        if let (Some(sent), Message::Binary(wire)) = (&mut sent, &message) {
+            sent.push(wire);
+        }
+        sink.feed(message).await?;
+        room -= 1;
+        next = if room > 0 { outbox.try_pop()? } else { None };
     }
     Ok(sink.flush().await?)
 }
@@ -669,7 +821,7 @@ async fn flush<S: AsyncRead + AsyncWrite + Unpin>(
     let flushing = async {
         while !outbox.is_empty() {
             let next = outbox.pop().await?;
-            write_batch(sink, next, outbox, writing).await?;
+            write_batch(sink, next, outbox, writing, None).await?;
         }
         if let Some(last) = last {
             sink.send(Message::Binary(last)).await?;

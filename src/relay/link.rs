@@ -4,7 +4,8 @@
 //! bounded outbox and the table of routes. When `run` returns, the routes drop and every stream on the link ends with
 //! [`StreamEnd::Disconnected`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -14,7 +15,7 @@ use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
@@ -47,6 +48,11 @@ const JSON_FRAME_BYTES_MAX: usize = 16 << 20;
 /// executor's own bound is 8 of all workspaces together.
 const FAILED_HANDSHAKES_MAX: u32 = 2;
 const FAILED_HANDSHAKES_FOR: Duration = Duration::from_secs(60);
+
+/// A process on a shared socket that has run so long lasts, and how many of them are told: the next gateway process ends
+/// them if nobody takes them up.
+const LASTING_AFTER: Duration = Duration::from_millis(250);
+const LASTING_MAX: usize = 4096;
 
 /// Tells one socket from another of the same executor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -251,6 +257,13 @@ impl LinkHandle {
         self.routes().have_room(workspace, &self.0.settings)
     }
 
+    /// Whether no more than half of the places of the link are taken, and of those of the workspace on it.
+    pub(super) fn has_half_free(&self, workspace: &WorkspaceId) -> bool {
+        let (routes, settings) = (self.routes(), &self.0.settings);
+        let of_workspace = routes.per_workspace.get(workspace).copied().unwrap_or(0);
+        routes.streams.len() * 2 <= settings.streams_max && of_workspace * 2 <= settings.workspace_streams_max
+    }
+
     /// Opens a stream under an id of the gateway's choice.
     ///
     /// # Errors
@@ -437,17 +450,23 @@ where
 }
 
 /// The same for an executor whose streams share one JSON-RPC session; gives that back for the executor's next socket.
+/// `lasting` tells which processes have run on it for a moment, by their names at the executor.
 pub async fn run_shared<S>(
     socket: WebSocketStream<S>,
     link: LinkHandle,
     outbox: mpsc::Receiver<Bytes>,
     session: Box<Session>,
+    lasting: watch::Sender<Vec<String>>,
 ) -> (LinkEnd, Box<Session>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let desk = Desk { session: Mutex::new(session), incoming: Notify::new(), outgoing: Notify::new() };
-    let end = serve(socket, &link, outbox, Some(&desk)).await;
+    let (incoming, outgoing, started) = (Notify::new(), Notify::new(), Notify::new());
+    let desk = Desk { session: Mutex::new(session), incoming, outgoing, started };
+    let end = tokio::select! {
+        end = serve(socket, &link, outbox, Some(&desk)) => end,
+        end = desk.watch_processes(&lasting) => match end {},
+    };
     let mut session = desk.session.into_inner().unwrap_or_else(PoisonError::into_inner);
     session.disconnect(Instant::now());
     (end, session)
@@ -460,6 +479,8 @@ struct Desk {
     incoming: Notify,
     /// Messages wait for the socket.
     outgoing: Notify,
+    /// Processes were begun.
+    started: Notify,
 }
 
 impl Desk {
@@ -481,6 +502,32 @@ impl Desk {
         session.from_stream(frame, Instant::now());
         if session.has_deliveries() {
             self.incoming.notify_one();
+        }
+        if session.take_started() {
+            self.started.notify_one();
+        }
+    }
+
+    /// Tells which processes last. Most are over before they are seen twice, and of those nothing is told.
+    async fn watch_processes(&self, lasting: &watch::Sender<Vec<String>>) -> Infallible {
+        let look = || -> HashSet<String> { self.session().processes(LASTING_MAX).into_iter().collect() };
+        let mut seen = look();
+        loop {
+            while !seen.is_empty() {
+                sleep(LASTING_AFTER).await;
+                let mut now = look();
+                let mut last: Vec<String> = now.intersection(&seen).cloned().collect();
+                last.sort_unstable();
+                lasting.send_if_modified(|known| {
+                    *known != last && {
+                        *known = last;
+                        true
+                    }
+                });
+                std::mem::swap(&mut seen, &mut now);
+            }
+            self.started.notified().await;
+            seen = look();
         }
     }
 

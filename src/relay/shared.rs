@@ -132,6 +132,7 @@ pub struct Shared {
     watches: HashMap<u64, (StreamId, Box<RawValue>)>,
     next_watch: u64,
     next_handle: u64,
+    started: bool,
 }
 
 /// One stream.
@@ -309,7 +310,34 @@ impl Shared {
             watches: HashMap::new(),
             next_watch: 0,
             next_handle: 0,
+            started: false,
         }
+    }
+
+    /// Takes over processes of an earlier gateway process, by their names at the executor: they are ended as others are
+    /// when nobody takes up their sessions in time.
+    pub fn adopt(&mut self, processes: &[String]) {
+        let Some(until) = self.adopts_until else { return };
+        for process in processes {
+            let Some(tag) = Tag::parse(process.as_bytes()) else { continue };
+            if self.sessions.contains_key(&tag) || self.sessions.len() < self.limits.sessions_max {
+                self.sessions.entry(tag).or_insert_with(|| Session::new(until)).learn(&process[TAG_BYTES..]);
+            }
+        }
+    }
+
+    /// The processes that have not ended, by their names at the executor; so many at most.
+    pub fn processes(&self, max: usize) -> Vec<String> {
+        let names = self
+            .sessions
+            .iter()
+            .flat_map(|(tag, session)| session.processes.keys().map(|name| format!("{}{name}", tag.text())));
+        names.take(max).collect()
+    }
+
+    /// Whether processes were begun since this was asked last.
+    pub fn take_started(&mut self) -> bool {
+        std::mem::take(&mut self.started)
     }
 
     /// The executor's own session, to be resumed on its next socket.
@@ -589,6 +617,7 @@ impl Shared {
                         return Err(Refusal(INVALID_REQUEST, "too many processes".into()));
                     }
                     known.processes.entry(name.clone()).or_insert(false);
+                    self.started = true;
                     kind = Kind::Start { session, name };
                 }
                 ("process/write", Some(known)) if known.stalled.contains(&name) => {

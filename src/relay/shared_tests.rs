@@ -523,6 +523,27 @@ fn sessions_outlive_the_socket_and_their_bound_is_kept() {
 }
 
 #[test]
+fn silent_processes_of_another_gateway_process_are_ended_unless_they_are_taken_up() {
+    let mut before = Rig::new();
+    let session = before.session("a", "w");
+    let kept = before.ask("a", "1", "process/start", start("p")).remove(0);
+    before.session("b", "w");
+    let left = before.ask("b", "1", "process/start", start("p")).remove(0);
+    assert!(before.shared.take_started() && !before.shared.take_started());
+    let processes = before.shared.processes(10);
+    assert_eq!((processes.len(), before.shared.processes(1).len()), (2, 1));
+
+    let mut after = Rig::of(Some("secret"), true);
+    after.shared.adopt(&processes);
+    after.shared.adopt(&["no name of ours".into()]);
+    assert_eq!(after.initialize("a", "w", Some(&session))["result"]["sessionId"], session.as_str());
+    after.later(RETENTION);
+    let ended: Vec<_> = after.socket().iter().map(|message| message["params"]["processId"].clone()).collect();
+    assert_eq!(ended, [left["params"]["processId"].clone()]);
+    assert_eq!(after.shared.processes(10), [kept["params"]["processId"].as_str().unwrap()]);
+}
+
+#[test]
 fn an_executor_without_sessions_gives_none_and_nothing_outlives_its_socket() {
     let mut rig = Rig::of(None, false);
     let answer = rig.initialize("a", "w", None);

@@ -115,6 +115,9 @@ const MIGRATIONS: &[&str] = &[
         session TEXT NOT NULL
     ) STRICT;
 ",
+    "
+    ALTER TABLE shared_sessions ADD COLUMN processes TEXT NOT NULL DEFAULT '[]';
+    ",
 ];
 
 /// Opens the store of a state directory at the present version, and makes directory and file if there are none.

@@ -261,14 +261,7 @@ impl Store {
             let stored = tx.execute(
                 "INSERT INTO registrations (id, executor, transport, public_key, credential, created_at)
                  VALUES (?, ?, ?, ?, ?, ?)",
-                params![
-                    id.as_str(),
-                    executor.as_str(),
-                    transport_name(*transport),
-                    public_key,
-                    credential,
-                    nanos(*created_at)
-                ],
+                params![id.as_str(), executor.as_str(), transport.name(), public_key, credential, nanos(*created_at)],
             );
             let taken = || StoreError::Conflict(format!("registration {id} belongs to another executor"));
             stored.map_err(|error| or_conflict(error, taken))?;
@@ -290,6 +283,7 @@ impl Store {
         let executor = executor.clone();
         self.write(move |tx| {
             must_exist(tx, &executor)?;
+            // A new session, in which nothing runs yet.
             let sql = "INSERT OR REPLACE INTO shared_sessions (executor, session) VALUES (?, ?)";
             tx.execute(sql, [executor.as_str(), session.expose()])?;
             Ok(())
@@ -297,17 +291,33 @@ impl Store {
         .await
     }
 
-    /// What [`Self::save_shared_session`] has stored.
+    /// Stores which processes run in that session, by their names at the executor.
+    ///
+    /// # Errors
+    /// None of its own; without a session nothing is stored.
+    pub async fn save_shared_processes(&self, executor: &ExecutorId, names: &[String]) -> Result<(), StoreError> {
+        let (executor, names) = (executor.clone(), serde_json::json!(names).to_string());
+        self.write(move |tx| {
+            let sql = "UPDATE shared_sessions SET processes = ? WHERE executor = ?";
+            tx.execute(sql, [&names, executor.as_str()])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// The session that [`Self::save_shared_session`] has stored, and the processes that run in it.
     ///
     /// # Errors
     /// None of its own.
-    pub async fn shared_session(&self, executor: &ExecutorId) -> Result<Option<Secret>, StoreError> {
+    pub async fn shared_session(&self, executor: &ExecutorId) -> Result<Option<(Secret, Vec<String>)>, StoreError> {
         let executor = executor.clone();
-        self.read(move |db| {
-            let sql = "SELECT session FROM shared_sessions WHERE executor = ?";
-            one(db, sql, [executor.as_str()], |row| Ok(Secret::new(row.get(0)?)))
-        })
-        .await
+        let stored = self.read(move |db| {
+            let sql = "SELECT session, processes FROM shared_sessions WHERE executor = ?";
+            one(db, sql, [executor.as_str()], |row| Ok((Secret::new(row.get(0)?), row.get::<_, String>(1)?)))
+        });
+        let Some((session, processes)) = stored.await? else { return Ok(None) };
+        let processes = serde_json::from_str(&processes).map_err(|error| StoreError::Damaged(error.into()))?;
+        Ok(Some((session, processes)))
     }
 
     /// The registration of that id, if it is remembered.
@@ -477,7 +487,7 @@ impl Store {
             tx.execute(
                 "DELETE FROM keys WHERE purpose = ?1 AND seq NOT IN
                  (SELECT seq FROM keys WHERE purpose = ?1 ORDER BY seq DESC LIMIT 2)",
-                [purpose_name(purpose)],
+                [purpose.name()],
             )?;
             Ok(Keyring { current, previous })
         })
@@ -601,12 +611,10 @@ fn find_binding(
 }
 
 fn find_keyring(db: &Connection, purpose: KeyPurpose) -> Result<Option<Keyring>, StoreError> {
-    let keys = all(
-        db,
-        "SELECT kid, secret FROM keys WHERE purpose = ? ORDER BY seq DESC LIMIT 2",
-        [purpose_name(purpose)],
-        |row| Ok(GatewayKey { kid: row.get(0)?, secret: Zeroizing::new(row.get(1)?) }),
-    )?;
+    let keys =
+        all(db, "SELECT kid, secret FROM keys WHERE purpose = ? ORDER BY seq DESC LIMIT 2", [purpose.name()], |row| {
+            Ok(GatewayKey { kid: row.get(0)?, secret: Zeroizing::new(row.get(1)?) })
+        })?;
     let mut keys = keys.into_iter();
     Ok(keys.next().map(|current| Keyring { current, previous: keys.next() }))
 }
@@ -619,7 +627,7 @@ fn add_key(tx: &Transaction<'_>, purpose: KeyPurpose) -> Result<GatewayKey, Stor
     let key = GatewayKey { kid: format!("{:08x}", u32::from_be_bytes(kid)), secret };
     tx.execute(
         "INSERT INTO keys (purpose, kid, secret) VALUES (?, ?, ?)",
-        params![purpose_name(purpose), key.kid, *key.secret],
+        params![purpose.name(), key.kid, *key.secret],
     )?;
     Ok(key)
 }
@@ -699,7 +707,7 @@ const REGISTRATION: &str = "id, executor, transport, public_key, credential, cre
 
 fn registration_from(row: &Row<'_>) -> rusqlite::Result<Registration> {
     let name: String = row.get(2)?;
-    let transport = TRANSPORTS.into_iter().find(|transport| transport_name(*transport) == name);
+    let transport = TRANSPORTS.into_iter().find(|transport| transport.name() == name);
     Ok(Registration {
         id: parsed(row, 0)?,
         executor: parsed(row, 1)?,
@@ -740,25 +748,6 @@ fn scope_names(scope: &RevocationScope) -> (&'static str, &str) {
 }
 
 const TRANSPORTS: [Transport; 4] = [Transport::Noise, Transport::Relay, Transport::Direct, Transport::Agentx];
-
-fn transport_name(transport: Transport) -> &'static str {
-    match transport {
-        Transport::Noise => "noise",
-        Transport::Relay => "relay",
-        Transport::Direct => "direct",
-        Transport::Agentx => "agentx",
-    }
-}
-
-fn purpose_name(purpose: KeyPurpose) -> &'static str {
-    match purpose {
-        KeyPurpose::CapToken => "cap_token",
-        KeyPurpose::Ticket => "ticket",
-        KeyPurpose::Executor => "executor",
-        KeyPurpose::Harness => "harness",
-        KeyPurpose::Resume => "resume",
-    }
-}
 
 pub(super) fn parsed<T>(row: &Row<'_>, column: usize) -> rusqlite::Result<T>
 where

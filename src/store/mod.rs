@@ -12,6 +12,7 @@ mod sessions;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::SystemTime;
 
 use base64::Engine;
@@ -20,6 +21,7 @@ use exec_gateway_protocol::ids::{
     EnvironmentName, ExecutorId, RegistrationId, SessionId, TokenId, TurnId, UserId, WorkspaceId,
 };
 use hmac::{Hmac, Mac};
+use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use zeroize::Zeroizing;
 
@@ -120,6 +122,16 @@ pub enum Transport {
 }
 
 impl Transport {
+    /// Its word, in the store and for operators.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Noise => "noise",
+            Self::Relay => "relay",
+            Self::Direct => "direct",
+            Self::Agentx => "agentx",
+        }
+    }
+
     /// Whether all callers share the one JSON-RPC session of the socket: there are no relay frames on it.
     pub fn is_shared(self) -> bool {
         matches!(self, Self::Direct | Self::Agentx)
@@ -181,7 +193,8 @@ pub struct Revocation {
 }
 
 /// What a gateway key signs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum KeyPurpose {
     /// Cap-tokens.
     CapToken,
@@ -195,8 +208,34 @@ pub enum KeyPurpose {
     Resume,
 }
 
+impl KeyPurpose {
+    /// Every purpose.
+    pub const ALL: [Self; 5] = [Self::CapToken, Self::Ticket, Self::Executor, Self::Harness, Self::Resume];
+
+    /// Its word, in the store and for operators.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CapToken => "cap_token",
+            Self::Ticket => "ticket",
+            Self::Executor => "executor",
+            Self::Harness => "harness",
+            Self::Resume => "resume",
+        }
+    }
+}
+
+impl FromStr for KeyPurpose {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let words = || Self::ALL.map(Self::name).join(", ");
+        let found = Self::ALL.into_iter().find(|purpose| purpose.name() == text.replace('-', "_"));
+        found.ok_or_else(|| format!("expected one of {}", words()))
+    }
+}
+
 /// One secret of the gateway.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct GatewayKey {
     /// Names the key in what it signs.
     pub kid: String,
@@ -211,7 +250,7 @@ impl fmt::Debug for GatewayKey {
 }
 
 /// The keys of one purpose: one signs, both verify.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keyring {
     /// Signs and verifies.
     pub current: GatewayKey,

@@ -5,12 +5,10 @@
 mod command;
 mod exec_command;
 mod execution;
-mod open_file;
+mod files;
 mod process;
-mod read_file;
 mod script;
 mod shell;
-mod write_file;
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -70,6 +68,7 @@ enum Run {
 type Running<'a> = Pin<Box<dyn Future<Output = Result<ToolResult, ToolError>> + Send + 'a>>;
 
 /// One call of a tool, as a door hands it in.
+#[derive(Clone)]
 pub struct Call {
     /// Who calls.
     pub workspace: Arc<Workspace>,
@@ -121,7 +120,20 @@ pub enum ToolError {
 
 impl Tool {
     /// Every tool, those of the original first and in its order.
-    pub const ALL: &'static [&'static Self] = &[&shell::TOOL, &read_file::TOOL, &write_file::TOOL, &exec_command::TOOL];
+    pub const ALL: &'static [&'static Self] = &[
+        &shell::TOOL,
+        &files::READ_FILE,
+        &files::WRITE_FILE,
+        &exec_command::TOOL,
+        &files::EDIT_FILE,
+        &files::LIST_DIRECTORY,
+        &files::FIND_FILES,
+        &files::SEARCH_FILES,
+        &files::STAT,
+        &files::MAKE_DIRECTORY,
+        &files::REMOVE_PATH,
+        &files::MOVE_PATH,
+    ];
 
     /// The tool of that name.
     pub fn named(name: &str) -> Option<&'static Self> {
@@ -307,15 +319,6 @@ async fn before(
     call: impl Future<Output = Result<ToolResult, ToolError>>,
 ) -> Result<ToolResult, ToolError> {
     tokio::time::timeout_at(deadline, call).await.unwrap_or(Err(ToolError::NoAnswer { ran: Ran::Unknown }))
-}
-
-/// Splits what an executor answered into a result of the tool (it refused) and a failure to get that far.
-fn refused<T>(answer: Result<T, CallError>) -> Result<Result<T, RpcError>, ToolError> {
-    match answer {
-        Ok(answer) => Ok(Ok(answer)),
-        Err(CallError::Rpc(error)) => Ok(Err(error)),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// A refusal of the executor as the tool's result. `code` lets programs tell the kinds apart.

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use tokio::time::Instant;
 
 use super::execution::{Ended, Execution, execute};
-use super::{Site, ToolError, resolve};
+use super::{Site, ToolError};
+use crate::protocol::path::FileUri;
 use crate::protocol::rest::Ran;
 use crate::protocol::rpc::{EnvPolicy, ProcessStart};
 use crate::relay::process_tree::MARK;
@@ -19,9 +20,8 @@ const SHELL: &str = "/bin/sh";
 /// Bytes of a script's output that are kept.
 const OUTPUT_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-#[expect(dead_code, reason = "file tools come to use it")]
 impl Site<'_> {
-    /// Runs a script with these arguments as `$1`, `$2` …, in the executor's working directory and the C locale; `None`
+    /// Runs a script with these arguments as `$1`, `$2` …, in the root directory and the C locale; `None`
     /// where the executor has no POSIX shell, and nothing ran. Dropping the future ends the script.
     ///
     /// # Errors
@@ -41,7 +41,8 @@ impl Site<'_> {
         let mut argv = vec![SHELL.to_owned(), "-c".into(), text.into(), "exec-gateway".into()];
         argv.extend(arguments.iter().map(ToString::to_string));
         let start = ProcessStart {
-            cwd: resolve(environment, "cwd", ".")?,
+            // The executor's own may be gone.
+            cwd: FileUri::parse("file:///").expect("a literal URI"),
             env: BTreeMap::from([("LC_ALL".into(), "C".into()), (MARK.to_owned(), process_id.clone())]),
             process_id,
             argv,

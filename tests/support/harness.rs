@@ -45,6 +45,10 @@ pub struct Harness {
     next_id: i64,
     heard: VecDeque<Value>,
     resumed: bool,
+    /// Frames with data as they were sent; the first has number 0.
+    sent: Vec<Bytes>,
+    /// As whom and where it came in.
+    pub way: Option<(Caller, String)>,
 }
 
 enum Coding {
@@ -98,22 +102,47 @@ pub async fn connect(caller: &Caller, executor: &str, keys: &HarnessKeys) -> Con
 impl Harness {
     /// Opens a socket of this kind; nobody was asked to initialize yet.
     pub async fn open(caller: &Caller, executor: &str, tongue: Tongue) -> Self {
-        let path = format!("/bridge/{executor}");
-        match tongue {
-            Tongue::Json => Self::plain(dial(caller, &path).await.unwrap(), tongue),
+        let mut caller = caller.clone();
+        let mut path = format!("/bridge/{executor}");
+        let mut harness = match tongue {
+            Tongue::Json => Self::plain(dial(&caller, &path).await.unwrap(), tongue),
             Tongue::Frames => {
-                let mut harness = Self::plain(dial(caller, &path).await.unwrap(), tongue);
+                let mut harness = Self::plain(dial(&caller, &path).await.unwrap(), tongue);
                 harness.send_body(Body::Resume { next_seq: 0 }).await;
                 harness
             }
             Tongue::Encrypted => {
                 let keys = HarnessKeys::new();
-                let way = connect(caller, executor, &keys).await;
-                let (_, path) = way.url.split_once("/bridge/").unwrap();
-                let stranger = Caller::new(caller.address, None);
-                let socket = dial(&stranger, &format!("/bridge/{path}")).await.unwrap();
-                Self::shake_hands(socket, &keys, &way).await.unwrap()
+                let way = connect(&caller, executor, &keys).await;
+                path = format!("/bridge/{}", way.url.split_once("/bridge/").unwrap().1);
+                caller.token = None;
+                Self::shake_hands(dial(&caller, &path).await.unwrap(), &keys, &way).await.unwrap()
             }
+        };
+        harness.way = Some((caller, path));
+        harness
+    }
+
+    /// Comes back for its stream on another socket.
+    pub async fn come_back(&mut self) -> Result<(), Farewell> {
+        let (caller, path) = self.way.clone().unwrap();
+        self.come_back_as(&caller, &path).await
+    }
+
+    /// The same with another credential, or elsewhere.
+    pub async fn come_back_as(&mut self, caller: &Caller, path: &str) -> Result<(), Farewell> {
+        self.socket = dial(caller, path).await.unwrap();
+        self.send_body(Body::Resume { next_seq: self.receiving.acknowledgement().0 }).await;
+        match self.frame().await? {
+            Body::Resume { next_seq } => {
+                for wire in &self.sent[next_seq as usize..] {
+                    // It may be cut off again meanwhile.
+                    let _ = self.socket.send(Message::Binary(wire.clone())).await;
+                }
+                Ok(())
+            }
+            Body::Reset { .. } => Err(self.farewell().await),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -163,6 +192,8 @@ impl Harness {
             next_id: 0,
             heard: VecDeque::new(),
             resumed: false,
+            sent: Vec::new(),
+            way: None,
         }
     }
 
@@ -198,7 +229,9 @@ impl Harness {
             Coding::Frames => {
                 let seq = self.sending.next_seq().unwrap();
                 let data = Data { seq, segment_index: 0, segment_count: 1, payload: json.to_owned().into() };
-                self.send_body(Body::Data(data)).await;
+                let wire = Frame { stream_id: self.stream.clone(), body: Body::Data(data) }.encode();
+                self.sent.push(wire.clone());
+                let _ = self.socket.send(Message::Binary(wire)).await;
             }
             Coding::Records(channel, _) => {
                 let mut plain = BytesMut::new();
@@ -207,9 +240,11 @@ impl Harness {
                     let length = record.len() + TAG_BYTES;
                     let mut frame = data_header(&self.stream, self.sending.next_seq().unwrap(), length, length);
                     channel.seal(record, &mut frame).unwrap();
-                    self.socket.feed(Message::Binary(frame.freeze())).await.unwrap();
+                    let wire = frame.freeze();
+                    self.sent.push(wire.clone());
+                    let _ = self.socket.feed(Message::Binary(wire)).await;
                 }
-                self.socket.flush().await.unwrap();
+                let _ = self.socket.flush().await;
             }
         }
     }
@@ -258,7 +293,10 @@ impl Harness {
                 return self.word().await;
             }
             match self.frame().await? {
-                Body::Data(data) => self.receiving.receive(data).unwrap(),
+                Body::Data(data) => {
+                    assert_eq!(data.seq, self.receiving.acknowledgement().0, "nothing comes twice");
+                    self.receiving.receive(data).unwrap();
+                }
                 Body::Reset { .. } => {}
                 other => panic!("{other:?}"),
             }

@@ -60,6 +60,10 @@ impl Upstream {
         upstream
     }
 
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// Makes a gateway ask it.
     pub fn configure(&self, config: &mut Config) {
         config.auth.upstream_url = Some(format!("http://{}", self.address));

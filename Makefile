@@ -7,7 +7,11 @@ CLIENTS := tests/support/mcp_clients
 need = @for program in $(1); do command -v "$$program" >/dev/null 2>&1 || \
 	{ echo "missing: $$program; this target needs $(1)" >&2; exit 1; }; done
 
-.PHONY: demo test test-mcp check bench tools-of-test
+# Where cargo builds, and what is made of it.
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+GENERATED := $(TARGET)/release/generated
+
+.PHONY: demo test test-mcp check bench test-restart test-proxies package test-package tools-of-test
 
 demo:
 	$(call need,cargo cc)
@@ -27,6 +31,31 @@ check:
 bench:
 	$(call need,cargo cc)
 	cargo bench
+
+# Hundreds of calls a second over four restarts, by socket activation; three minutes.
+test-restart: tools-of-test $(EXECUTOR)
+	$(call need,systemd-socket-activate)
+	cargo test --release --test main restart_load -- --include-ignored --nocapture --test-threads 1
+
+# An executor, calls, events and sockets through nginx and Caddy, configured as deploy/ has it.
+test-proxies: tools-of-test $(EXECUTOR)
+	$(call need,nginx caddy openssl)
+	cargo test --test main proxies -- --ignored
+
+# A Debian package, $(TARGET)/debian/exec-gateway_*.deb, for the release of Debian that this runs on and later ones.
+package:
+	$(call need,cargo cc cargo-deb dpkg-shlibdeps gzip)
+	cargo build --release --locked --bin exec-gateway
+	rm -rf $(GENERATED)
+	$(TARGET)/release/exec-gateway generate man $(GENERATED)/man
+	gzip -9n $(GENERATED)/man/*
+	$(TARGET)/release/exec-gateway generate completions $(GENERATED)
+	cargo deb --no-build --locked --quiet --output $(TARGET)/debian/
+
+# Installs, upgrades and removes it in a Debian of its own, as root.
+test-package: package $(EXECUTOR)
+	$(call need,debootstrap dpkg-deb nsenter curl)
+	deploy/test-package $(TARGET)
 
 tools-of-test:
 	$(call need,cargo cc make npm)

@@ -9,8 +9,12 @@ mod audit;
 mod codex;
 #[path = "exec-gateway/demo.rs"]
 mod demo;
+#[path = "exec-gateway/generate.rs"]
+mod generate;
 #[path = "exec-gateway/operate.rs"]
 mod operate;
+#[path = "exec-gateway/probe.rs"]
+mod probe;
 #[path = "exec-gateway/serve.rs"]
 mod serve;
 #[path = "exec-gateway/service_manager.rs"]
@@ -52,6 +56,7 @@ fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
         // A demonstration is the same on every machine, so no variable takes part.
         Command::Demo { once, codex, knobs } => demo::run(resolve_with(common, &knobs, Vec::new())?, once, codex)?,
         Command::Check { knobs } => return show::check(valid(common, &knobs), common.json),
+        Command::Probe { knobs } => probe::run(&valid(common, &knobs)?)?,
         Command::Config { knobs } => show::config(&resolve(common, &knobs)?, common.json)?,
         Command::Token(command) => operate(common, command.into())?,
         Command::Executor(command) => operate(common, command.into())?,
@@ -64,6 +69,7 @@ fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
             let wanted = audit::Wanted { workspace, since, follow };
             audit::records(&valid(common, &Knobs::default())?, &wanted, common.json)?;
         }
+        Command::Generate { what, directory } => generate::run(what, &directory)?,
         Command::Key(command) => operate(common, command.into())?,
     }
     Ok(ExitCode::SUCCESS)

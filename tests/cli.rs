@@ -115,6 +115,27 @@ async fn check_names_every_fault_at_once() {
 }
 
 #[tokio::test]
+async fn man_pages_and_completions_know_every_command_and_every_knob() {
+    let home = Scratch::new();
+    for what in ["man", "completions"] {
+        let ran = run(&home, &["generate", what, home.path().to_str().unwrap()]).await;
+        assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{what}");
+    }
+    let read = |name: &str| std::fs::read_to_string(home.path().join(name)).unwrap();
+    let (page, completions) = (read("exec-gateway.toml.5"), read("exec-gateway.bash"));
+    let knobs: Vec<Value> = serde_json::from_str(&run(&home, &["config", "--json"]).await.stdout).unwrap();
+    for knob in knobs {
+        let name = knob["name"].as_str().unwrap();
+        assert!(page.contains(&format!("EXEC_GATEWAY_{}", name.replace('.', "_").to_uppercase())), "{name}");
+        let secret = name.ends_with("secret");
+        assert_eq!(completions.contains(&format!(" --{} ", name.replace(['.', '_'], "-"))), !secret, "{name}");
+    }
+    for command in ["serve", "token-create", "executor-bind", "revoke"] {
+        assert!(read(&format!("exec-gateway-{command}.1")).contains("SH SYNOPSIS"), "{command}");
+    }
+}
+
+#[tokio::test]
 async fn config_names_the_source_of_each_value_and_shows_no_secret() {
     let home = Scratch::new();
     let file = home.path().join("gateway.toml");

@@ -52,7 +52,7 @@ impl Rig {
     /// On a listening socket that stays open while the daemon is away.
     pub async fn on_held_socket() -> Self {
         let (state, held) = (Scratch::new(), TcpListener::bind("127.0.0.1:0").unwrap());
-        let daemon = DaemonProcess::start_on(&state, &held).await;
+        let daemon = DaemonProcess::start_on(&state, &held, None).await;
         Self::of(state, Some(held), daemon).await
     }
 
@@ -77,7 +77,7 @@ impl Rig {
 
     async fn restart(&mut self) {
         self.daemon = Some(match &self.held {
-            Some(held) => DaemonProcess::start_on(&self.state, held).await,
+            Some(held) => DaemonProcess::start_on(&self.state, held, None).await,
             None => DaemonProcess::start(&self.state, self.address, &[]).await,
         });
     }

@@ -1,12 +1,13 @@
 //! Gateways that stop and start, executors that come and go, and operators who change their minds, on the real
 //! executor.
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use exec_gateway::admin::{Request, Response};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, TurnId, WorkspaceId};
 use serde_json::json;
+use tokio::process::Command;
 use tokio::task::JoinHandle;
 
 use crate::support::gateway::{free_address, workspace};
@@ -66,14 +67,14 @@ async fn who_connects_to_a_socket_that_outlives_the_gateway_is_answered_by_the_n
     let mut early = Wire::connect(held.local_addr().unwrap()).await;
     early.send("GET /healthz HTTP/1.1\r\nhost: gw\r\n\r\n").await;
 
-    let daemon = DaemonProcess::start_on(&state, &held).await;
+    let daemon = DaemonProcess::start_on(&state, &held, None).await;
 
     assert_eq!(daemon.address, held.local_addr().unwrap(), "no other address is bound");
     assert!(early.receive().await.starts_with("HTTP/1.1 200 "));
     daemon.kill().await;
     let mut late = Wire::connect(held.local_addr().unwrap()).await;
     late.send("GET /healthz HTTP/1.1\r\nhost: gw\r\n\r\n").await;
-    let _daemon = DaemonProcess::start_on(&state, &held).await;
+    let _daemon = DaemonProcess::start_on(&state, &held, None).await;
     assert!(late.receive().await.starts_with("HTTP/1.1 200 "));
 }
 
@@ -87,6 +88,7 @@ async fn a_call_under_way_is_finished_before_the_gateway_stops() {
 
     let operator = Caller::new(daemon.ops, None);
     assert_eq!(operator.send("GET", "/readyz", &[], "").await.status, 200);
+    assert_eq!(probe(operator.address).await, (Some(0), String::new()));
     let stopped = tokio::spawn(daemon.terminate());
     eventually("the gateway refuses new calls", async || {
         let answer = caller.tool("box", "shell", json!({ "command": ["true"] })).await;
@@ -94,6 +96,7 @@ async fn a_call_under_way_is_finished_before_the_gateway_stops() {
     })
     .await;
     assert_eq!(operator.send("GET", "/readyz", &[], "").await.status, 503);
+    assert_eq!(probe(operator.address).await, (Some(1), "exec-gateway: not ready: draining\n".to_owned()));
     std::fs::write(executor.home().join("go"), "").unwrap();
 
     let result = call.await.unwrap().json();
@@ -237,6 +240,13 @@ impl Workbench {
     fn executor_id(&self) -> ExecutorId {
         ExecutorId::new(&self.credentials.executor).unwrap()
     }
+}
+
+/// What the command line finds out about the gateway with this address for operators.
+async fn probe(ops: SocketAddr) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exec-gateway"));
+    let output = command.args(["probe", "--ops-listen", &ops.to_string()]).output().await.unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
 }
 
 /// The process id of the native executor.

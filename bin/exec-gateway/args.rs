@@ -10,6 +10,8 @@ use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, TokenId, TurnId, 
 use exec_gateway::store::KeyPurpose;
 use exec_gateway::time::parse_rfc3339;
 
+use crate::generate::Generated;
+
 /// Bridges workspaces to remote executors over WebSockets.
 #[derive(Debug, Parser)]
 #[command(name = "exec-gateway", version, arg_required_else_help = true, disable_help_subcommand = true)]
@@ -59,6 +61,11 @@ pub enum Command {
         #[command(flatten)]
         knobs: Knobs,
     },
+    /// Ask the running gateway whether it takes new work; exits 1 when it does not
+    Probe {
+        #[command(flatten)]
+        knobs: Knobs,
+    },
     /// Print the effective configuration with the source of each value, secrets masked
     Config {
         #[command(flatten)]
@@ -79,6 +86,14 @@ pub enum Command {
     /// List and rotate the gateway's own keys
     #[command(subcommand)]
     Key(Key),
+    /// Write man pages or shell completions, for packages
+    #[command(hide = true)]
+    Generate {
+        /// What to write
+        what: Generated,
+        /// Directory for the files; it is made if it is not there
+        directory: PathBuf,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -285,6 +300,11 @@ fn flagged() -> impl Iterator<Item = (&'static Knob, String)> {
     KNOBS.iter().filter(|knob| knob.name != "state_dir").filter_map(|knob| Some((knob, knob.flag()?)))
 }
 
+/// Whether an argument is the flag of a knob.
+pub fn is_knob(arg: &Arg) -> bool {
+    flagged().any(|(knob, _)| arg.get_id() == knob.name)
+}
+
 impl Args for Knobs {
     fn augment_args(command: clap::Command) -> clap::Command {
         let defaults = Config::default();
@@ -363,7 +383,7 @@ mod tests {
         let cli = Cli::try_parse_from([&["exec-gateway"], arguments].concat()).unwrap();
         match cli.command {
             Command::Serve { knobs } | Command::Demo { knobs, .. } => knobs.0,
-            Command::Check { knobs } | Command::Config { knobs } => knobs.0,
+            Command::Check { knobs } | Command::Probe { knobs } | Command::Config { knobs } => knobs.0,
             other => panic!("{other:?} has no knobs"),
         }
     }
@@ -375,7 +395,7 @@ mod tests {
 
     #[test]
     fn every_knob_but_a_secret_has_its_flag_on_the_commands_that_need_it() {
-        for command in ["serve", "demo", "check", "config"] {
+        for command in ["serve", "demo", "check", "probe", "config"] {
             for (knob, flag) in flagged() {
                 let wanted = [(knob.name.to_string(), "text".to_string())];
                 assert_eq!(knobs_of(&[command, &format!("--{flag}"), "text"]), wanted);
@@ -395,6 +415,7 @@ mod tests {
             "serve",
             "demo",
             "check",
+            "probe",
             "config",
             "token list",
             "token revoke tok_1",

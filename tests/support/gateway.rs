@@ -115,12 +115,14 @@ impl DaemonProcess {
         Self::ready(command, state).await
     }
 
-    /// The same on a listening socket that outlives the daemon, as service managers hand it over.
-    pub async fn start_on(state: &Scratch, held: &TcpListener) -> Self {
+    /// The same on a listening socket that outlives the daemon, as service managers hand it over; through a program of
+    /// that kind if there is one.
+    pub async fn start_on(state: &Scratch, held: &TcpListener, activator: Option<&str>) -> Self {
         let mut command = Command::new("sh");
         command
-            .args(["-c", "LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" serve \"$@\" 3<&0 </dev/null"])
-            .arg(env!("CARGO_BIN_EXE_exec-gateway"))
+            .args(["-c", "LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" \"$@\" 3<&0 </dev/null"])
+            .args(activator)
+            .args([env!("CARGO_BIN_EXE_exec-gateway"), "serve"])
             .stdin(OwnedFd::from(held.try_clone().unwrap()));
         Self::ready(command, state).await
     }
@@ -192,9 +194,14 @@ impl DaemonProcess {
 
 /// A caller of workspace `w` and the credentials of its environment `box`, made at a running daemon.
 pub async fn workspace(state: &Scratch, daemon: &DaemonProcess) -> (Caller, Credentials) {
+    environment(state, daemon, "box").await
+}
+
+/// The same with an environment of another name.
+pub async fn environment(state: &Scratch, daemon: &DaemonProcess, name: &str) -> (Caller, Credentials) {
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     let token = DaemonProcess::operate(state, &["token", "create", "--workspace", "w"]).await;
-    let executor = DaemonProcess::operate(state, &["executor", "create", "--workspace", "w", "--name", "box"]).await;
+    let executor = DaemonProcess::operate(state, &["executor", "create", "--workspace", "w", "--name", name]).await;
     let credentials = Credentials { executor: text(&executor["exe_id"]), token: text(&executor["token"]) };
     (Caller::new(daemon.address, Some(text(&token["token"]))), credentials)
 }

@@ -1,7 +1,7 @@
 //! One harness, the same work over several ways: (1) straight to `codex exec-server --listen`, (2) the same behind a plain
 //! proxy, (3) as the end of the encryption on a real executor's own link, (4) through the gateway over such a link, (5) as
-//! the end of a link without encryption, and (6) through the gateway over such a link. The proxy is a process that copies
-//! bytes between two TCP connections, which does less than nginx or haproxy.
+//! the end of a link without encryption, and (6) through the gateway over such a link. The proxy is nginx where it is
+//! installed, else a process that copies bytes between two TCP connections, which does less.
 //!
 //! Compare rows of one run alone: on a machine whose processors sleep while they wait, each wake costs several times
 //! what it costs on one that something keeps awake.
@@ -101,7 +101,11 @@ async fn bench() {
     let (_listener, url) = CodexExecutor::listening().await;
     let address = url.trim_start_matches("ws://").parse().unwrap();
     let straight = Harness::plain(rig::dial(address, &url).await, Tongue::Json);
-    let (_proxy, proxy) = proxy(address).await;
+    let nginx = Nginx::start(address).await;
+    let (_proxy, proxy) = match &nginx {
+        Some(nginx) => (None, nginx.address),
+        None => proxy(address).await,
+    };
     let url = format!("ws://{proxy}/");
     let proxied = Harness::plain(rig::dial(proxy, &url).await, Tongue::Json);
 
@@ -121,7 +125,7 @@ async fn bench() {
 
     let mut ways = vec![
         Way::new("(1) straight, plain", straight).await,
-        Way::new("(2) plain proxy", proxied).await,
+        Way::new(if nginx.is_some() { "(2) nginx" } else { "(2) plain proxy" }, proxied).await,
         Way::new("(3) own end of an encrypted link", link.alone().await).await,
         Way::new("(4) gateway, encrypted link", bridged).await,
         Way::new("(4b) as (4), encrypted up to the harness", kept).await,
@@ -175,14 +179,52 @@ async fn bench() {
     );
 }
 
+/// nginx with one worker in front of a WebSocket server.
+struct Nginx {
+    address: SocketAddr,
+    _files: Scratch,
+    _process: Child,
+}
+
+impl Nginx {
+    /// `None` where it is not installed.
+    async fn start(target: SocketAddr) -> Option<Self> {
+        let (files, address) = (Scratch::new(), support::gateway::free_address());
+        let directory = files.path().display();
+        let config = format!(
+            "daemon off; worker_processes 1; pid {directory}/pid; error_log {directory}/error.log;
+             events {{ }}
+             http {{
+                 access_log off; client_body_temp_path {directory}/b; proxy_temp_path {directory}/p;
+                 fastcgi_temp_path {directory}/f; uwsgi_temp_path {directory}/u; scgi_temp_path {directory}/s;
+                 server {{
+                     listen {address};
+                     location / {{
+                         proxy_pass http://{target}; proxy_http_version 1.1; proxy_set_header Host $http_host;
+                         proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection upgrade;
+                         proxy_buffering off; proxy_read_timeout 1h; tcp_nodelay on;
+                     }}
+                 }}
+             }}"
+        );
+        let path = files.path().join("nginx.conf");
+        std::fs::write(&path, config).unwrap();
+        let mut command = Command::new("nginx");
+        command.arg("-c").arg(&path).arg("-p").arg(files.path()).stderr(Stdio::null()).kill_on_drop(true);
+        let process = command.spawn().ok()?;
+        support::eventually("nginx serves", async || TcpStream::connect(address).await.ok()).await;
+        Some(Self { address, _files: files, _process: process })
+    }
+}
+
 /// A process of its own that copies bytes to an address and back.
-async fn proxy(target: SocketAddr) -> (Child, SocketAddr) {
+async fn proxy(target: SocketAddr) -> (Option<Child>, SocketAddr) {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([PROXY, &target.to_string()]).stdout(Stdio::piped()).kill_on_drop(true);
     let mut child = command.spawn().unwrap();
     let mut line = String::new();
     BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).await.unwrap();
-    (child, line.trim().parse().unwrap())
+    (Some(child), line.trim().parse().unwrap())
 }
 
 async fn serve_proxy(target: &str) {

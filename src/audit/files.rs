@@ -159,7 +159,7 @@ impl Files {
     pub(super) fn begin(&mut self, position: Position, head: &[u8], now: SystemTime) -> io::Result<()> {
         let first_seq = position.seq + 1;
         let path = path(&self.dir, first_seq);
-        // One that is there can only be what a failed try left: the name is the number of a record that is not written.
+        // One that is there is what a failed try left: its name is the number of a record that is not written.
         let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
         if let Err(error) = (self.write)(&file, head) {
             let _ = fs::remove_file(&path);
@@ -210,7 +210,7 @@ impl Files {
         Some(Leaving { first_seq: oldest.first_seq, through: oldest.through, why })
     }
 
-    /// Removes the oldest file. One that cannot be removed is forgotten all the same, and found again at the next start.
+    /// Removes the oldest file. One that cannot be removed is forgotten all the same, and found at the next start.
     pub(super) fn remove_oldest(&mut self) -> io::Result<()> {
         let Some(oldest) = self.former.pop_front() else { return Ok(()) };
         self.former_bytes -= oldest.bytes;
@@ -253,7 +253,7 @@ fn recover(path: &Path, first_seq: u64) -> io::Result<Option<Recovered>> {
         bytes += line.len() as u64 + 1;
         seq += 1;
         if let Some(read) = Read::parse(&line) {
-            // Every line is one record, unless a line end was damaged: then the number that is told goes on the right way.
+            // Every line is one record, unless a line end was damaged: then the number that is told is the right one.
             seq = seq.max(read.seq);
             prev = prev.or_else(|| unhex(&read.prev));
             began_at = began_at.or_else(|| parse_rfc3339(&read.at));

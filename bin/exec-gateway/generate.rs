@@ -121,8 +121,8 @@ fn operation(page: &mut Roff) {
         (
             "SIGTERM, SIGINT",
             "New calls are refused with 503 and Retry-After, those under way have drain.grace_secs, executors are told \
-             to come back, and the process exits 0 within 60 s. Process sessions go on at their executors, and the next \
-             gateway takes them up.",
+             to come back, and the process exits 0 within 60 s. Process sessions go on at their executors, and the \
+             next gateway takes them up.",
         ),
         ("SIGHUP", "Certificates are read again, for new connections."),
     ];

@@ -139,6 +139,33 @@ async fn calls_of_mcp_clients_are_on_record_like_those_over_rest() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn files_over_http_are_on_record_with_their_bytes_and_without_their_contents() {
+    let bench = Workbench::start().await;
+    let path = bench.file("notes");
+    let url = format!("/api/connectors/envs/box/files?path={}", path.display());
+
+    assert_eq!(bench.caller.send("PUT", &url, &[], SECRET).await.status, 201);
+    assert_eq!(&bench.caller.send("GET", &url, &[], "").await.body[..], SECRET.as_bytes());
+
+    let (put, end) = act(&bench.gateway.state, "file.put").await;
+    assert_eq!((&put["environment"], &put["what"]), (&json!("box"), &json!({ "path": path })));
+    assert_eq!((&end["outcome"], &end["bytes_in"]), (&json!("ok"), &json!(SECRET.len())));
+    let (_, end) = act(&bench.gateway.state, "file.get").await;
+    assert_eq!((&end["outcome"], &end["bytes_out"]), (&json!("ok"), &json!(SECRET.len())));
+    assert_no_secret(&bench.gateway.state);
+
+    let missing = bench.caller.send("GET", &url.replace("notes", "missing"), &[], "").await;
+    assert_eq!(missing.status, 404);
+    let both = eventually("both ends are there", async || {
+        let records = records(&directory(&bench.gateway.state));
+        let ends =
+            begins(&records, "file.get").into_iter().map(|begin| Some(end_of(&records, begin)?["outcome"].clone()));
+        ends.collect::<Option<Vec<_>>>()
+    });
+    assert_eq!(both.await, ["ok", "file_not_found"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn contents_are_on_record_where_the_operator_wants_them() {
     let bench = Workbench::with(|config| config.audit.contents = true).await;
     bench.shell(json!({ "command": "true", "env": { "PASSWORD": SECRET } })).await;

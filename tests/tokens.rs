@@ -208,23 +208,3 @@ async fn a_revoked_token_is_refused_at_once() {
     assert_invalid(&list(&revoked).await);
     assert_eq!(list(&other).await.status, 200);
 }
-
-#[tokio::test]
-async fn a_read_only_token_reads_files_and_does_nothing_else() {
-    let gateway = TestGateway::start().await;
-    let credentials = gateway.executor("w", "box").await;
-    let (executor, _link) = FakeExecutor::connected(&gateway, &credentials).await;
-    let create =
-        Request::TokenCreate { workspace: WorkspaceId::new("w").unwrap(), user: None, ttl: None, read_only: true };
-    let Response::Token { token, .. } = gateway.admin(create).await else { panic!("no token") };
-    let reader = bearing(&gateway, token.expose());
-
-    assert_eq!(reader.environments().await, ["box"]);
-    assert_eq!(reader.tool("box", "read_file", json!({ "path": "a" })).await.status, 200);
-    let tools = list(&reader).await.json()["envs"][0]["tools"].clone();
-    for tool in tools.as_array().unwrap().iter().filter(|tool| tool["name"] != "read_file") {
-        let answer = reader.tool("box", tool["name"].as_str().unwrap(), json!({})).await;
-        assert_eq!((answer.status.as_u16(), answer.code().as_str()), (403, "forbidden"), "{tool}");
-    }
-    assert_eq!(executor.asked("process/start"), 0);
-}

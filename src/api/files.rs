@@ -5,8 +5,10 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::FutureExt;
 use hyper::body::{Body as HttpBody, Incoming};
 use hyper::header::{
@@ -21,17 +23,19 @@ use zeroize::Zeroizing;
 
 use super::error::ApiError;
 use super::transfer::next;
-use super::{Api, json, query_parameter, read_only, timing};
+use super::{Api, audited, json, query_parameter, read_only, timing};
+use crate::audit::{Act, Entry, Outcome};
 use crate::auth::{Principal, Revocations, bearer};
 use crate::edge::body::{Body, BodyError, full};
 use crate::edge::pipe::pipe;
-use crate::tools::{Call, Download, Upload};
+use crate::tools::{Call, Download, Upload, Uploaded};
 
 /// Blocks between an executor and its caller, besides those that are being read.
 const BLOCKS: usize = 1;
 
 /// A caller at a file.
 struct Admitted {
+    principal: Principal,
     call: Call,
     path: String,
     bearer: Zeroizing<String>,
@@ -63,13 +67,44 @@ async fn admitted<B>(api: &Api, request: &Request<B>, may: impl Fn(&Principal) -
         text_bytes_max: None,
         timing: timing.clone(),
     };
-    Ok(Admitted { call, path, bearer, revocations, place })
+    Ok(Admitted { principal, call, path, bearer, revocations, place })
+}
+
+/// What is about to be done with the file, as it is recorded.
+async fn act(
+    action: &'static str,
+    admitted: &Admitted,
+    headers: &HeaderMap,
+    environment: &str,
+) -> Result<Act, ApiError> {
+    let binding = admitted.call.workspace.environment(environment).await?;
+    let act = audited::act(action, &admitted.principal, headers).at(environment).on(binding.executor());
+    Ok(act.about(json!({ "path": admitted.path })))
 }
 
 /// `GET` and `HEAD …/envs/{name}/files?path=`
 pub async fn get(api: &Arc<Api>, environment: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let Admitted { call, path, bearer, revocations, place } = admitted(api, &request, |_| true).await?;
-    let download = Download::of(call, environment, &path).await?;
+    let admitted = admitted(api, &request, |_| true).await?;
+    let entry = api.audit.begin(act("file.get", &admitted, request.headers(), environment).await?).await?;
+    let answer = send(admitted, environment, &request, entry).await;
+    answer.map_err(|(error, entry)| {
+        entry.end(audited::failed(&error));
+        error
+    })
+}
+
+/// The file, or the part of it that is wanted. The record of it ends with its last byte.
+async fn send(
+    admitted: Admitted,
+    environment: &str,
+    request: &Request<Incoming>,
+    entry: Entry,
+) -> Result<Response<Body>, (ApiError, Entry)> {
+    let Admitted { principal: _, call, path, bearer, revocations, place } = admitted;
+    let download = match Download::of(call, environment, &path).await {
+        Ok(download) => download,
+        Err(error) => return Err((error.into(), entry)),
+    };
     let (tag, size) = (format!("\"{}\"", download.tag()), download.size());
     let wanted = request.headers();
     let (status, range) = if names(wanted, IF_NONE_MATCH, &tag) {
@@ -84,22 +119,25 @@ pub async fn get(api: &Arc<Api>, environment: &str, request: Request<Incoming>) 
                 Wanted::Everything => (StatusCode::OK, whole),
                 Wanted::Nothing => {
                     let all = HeaderValue::from_str(&format!("bytes */{size}")).expect("digits");
-                    return Err(ApiError::new(416, "range_not_satisfiable", format!("the file has {size} bytes"))
-                        .with_header(CONTENT_RANGE, all));
+                    let refused = ApiError::new(416, "range_not_satisfiable", format!("the file has {size} bytes"));
+                    return Err((refused.with_header(CONTENT_RANGE, all), entry));
                 }
             },
         }
     };
     let length = size.map(|_| range.end - range.start);
     let body = if request.method() == Method::HEAD || status == StatusCode::NOT_MODIFIED {
+        entry.end(Outcome::new("ok").bytes(0, 0));
         full("")
     } else {
         let (writer, body) = pipe(BLOCKS, length);
-        let (blocks, mut poured) = mpsc::channel(BLOCKS);
+        let (blocks, mut poured) = mpsc::channel::<Bytes>(BLOCKS);
         let range = range.clone();
         body.pumped_by(async move {
+            let sent = AtomicU64::new(0);
             let written = async {
                 while let Some(block) = poured.recv().await {
+                    sent.fetch_add(block.len() as u64, Relaxed);
                     writer.write(block).await.ok()?;
                 }
                 Some(())
@@ -112,6 +150,8 @@ pub async fn get(api: &Arc<Api>, environment: &str, request: Request<Incoming>) 
                 whole = moved => whole,
                 _ = revocations.end_of(&bearer) => None,
             };
+            let outcome = if whole.is_some() { "ok" } else { "broken_off" };
+            entry.end(Outcome::new(outcome).bytes(0, sent.load(Relaxed)));
             if whole.is_some() {
                 let _ = writer.end().await;
             }
@@ -142,7 +182,27 @@ pub async fn get(api: &Arc<Api>, environment: &str, request: Request<Incoming>) 
 /// `PUT …/envs/{name}/files?path=&create_parents=&mode=`
 pub async fn put(api: &Arc<Api>, environment: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let admitted = admitted(api, &request, |principal| !principal.scopes().read_only).await?;
-    let Admitted { call, path, bearer, revocations, place: _place } = admitted;
+    let act = act("file.put", &admitted, request.headers(), environment).await?;
+    let written = receive(api, admitted, environment, request);
+    let written = audited::recorded(api, act, written, |written| Outcome::new("ok").bytes(written.bytes, 0)).await?;
+    let mut answer = json(&json!({
+        "bytes": written.bytes, "sha256": written.sha256, "atomic": written.atomic, "created": written.created,
+    }));
+    if written.created {
+        *answer.status_mut() = StatusCode::CREATED;
+    }
+    let tag = format!("\"{}\"", written.tag);
+    answer.headers_mut().insert(ETAG, HeaderValue::from_str(&tag).expect("hexadecimal digits"));
+    Ok(answer)
+}
+
+async fn receive(
+    api: &Api,
+    admitted: Admitted,
+    environment: &str,
+    request: Request<Incoming>,
+) -> Result<Uploaded, ApiError> {
+    let Admitted { principal: _, call, path, bearer, revocations, place: _place } = admitted;
     let query = request.uri().query().unwrap_or_default();
     let parents = match query_parameter(query, "create_parents").as_deref() {
         None | Some("false" | "0") => false,
@@ -184,15 +244,7 @@ pub async fn put(api: &Arc<Api>, environment: &str, request: Request<Incoming>) 
         both = async { tokio::try_join!(sent, written) } => both?,
         refused = revocations.end_of(&bearer) => return Err(refused.into()),
     };
-    let mut answer = json(&json!({
-        "bytes": written.bytes, "sha256": written.sha256, "atomic": written.atomic, "created": written.created,
-    }));
-    if written.created {
-        *answer.status_mut() = StatusCode::CREATED;
-    }
-    let tag = format!("\"{}\"", written.tag);
-    answer.headers_mut().insert(ETAG, HeaderValue::from_str(&tag).expect("hexadecimal digits"));
-    Ok(answer)
+    Ok(written)
 }
 
 /// Whether a list of tags names this one, or any.

@@ -262,7 +262,17 @@ fn staged_bytes(machine: &Machine) -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_goes_on_after_cuts_at_both_ends_and_a_gateway_that_was_killed() {
-    const SIZE: usize = 256 * MIB + 777;
+    copy_over_cuts_and_a_kill(256).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes a minute, 4 GiB of memory and 6 GiB of disk"]
+async fn two_gibibytes_are_copied_over_cuts_and_a_kill_in_no_more_memory() {
+    copy_over_cuts_and_a_kill(2048).await;
+}
+
+async fn copy_over_cuts_and_a_kill(mib: usize) {
+    let size = mib * MIB + 777;
     let (state, address) = (Scratch::new(), free_address());
     let daemon = DaemonProcess::start(&state, address, &[]).await;
     let (caller, first) = workspace(&state, &daemon).await;
@@ -273,8 +283,8 @@ async fn a_copy_goes_on_after_cuts_at_both_ends_and_a_gateway_that_was_killed() 
         Machine::connected(address, &first, &caller, "box"),
         Machine::connected(address, &second, &caller, "to")
     );
-    let mut content = noise(7, 8 * MIB).repeat(33);
-    content.truncate(SIZE);
+    let mut content = noise(7, 8 * MIB).repeat(mib / 8 + 1);
+    content.truncate(size);
     // No two blocks are the same.
     content.chunks_mut(MIB).zip(0_u64..).for_each(|(block, nth)| block[..8].copy_from_slice(&nth.to_le_bytes()));
     std::fs::write(from.file("file"), &content).unwrap();
@@ -299,7 +309,7 @@ async fn a_copy_goes_on_after_cuts_at_both_ends_and_a_gateway_that_was_killed() 
     from.proxy.cut();
     reached(60 * MIB).await;
     to.proxy.cut();
-    reached(160 * MIB).await;
+    reached(mib / 8 * 5 * MIB).await;
     let whole = to.leftovers().into_iter().find(|name| name.contains(".whole.")).expect("a whole is staged");
     let inode = std::fs::metadata(to.file(&whole)).unwrap().ino();
     let peak = peak_mib(daemon.pid());
@@ -311,11 +321,11 @@ async fn a_copy_goes_on_after_cuts_at_both_ends_and_a_gateway_that_was_killed() 
     let answer = call(caller).await.unwrap().unwrap();
 
     let result = &answer.json()["structuredContent"];
-    assert_eq!((&result["bytes"], &result["sha256"]), (&json!(SIZE), &json!(sha256(&content))), "{answer:?}");
+    assert_eq!((&result["bytes"], &result["sha256"]), (&json!(size), &json!(sha256(&content))), "{answer:?}");
     assert!(std::fs::read(to.file("copy")).unwrap() == content, "the copy differs");
     assert_eq!(std::fs::metadata(to.file("copy")).unwrap().ino(), inode, "what was there already was taken up");
     let peaks = (peak, peak_mib(daemon.pid()));
-    println!("256 MiB copied; most memory of the gateway before and after its restart: {peaks:?} MiB");
+    println!("{mib} MiB copied; most memory of the gateway before and after its restart: {peaks:?} MiB");
     assert!(peaks.0.max(peaks.1) < 160, "{peaks:?} MiB");
     from.is_clean().await;
     to.is_clean().await;

@@ -179,7 +179,7 @@ async fn bench() {
     );
 }
 
-/// nginx with one worker in front of a WebSocket server.
+/// nginx in one process in front of a WebSocket server.
 struct Nginx {
     address: SocketAddr,
     _files: Scratch,
@@ -192,7 +192,7 @@ impl Nginx {
         let (files, address) = (Scratch::new(), support::gateway::free_address());
         let directory = files.path().display();
         let config = format!(
-            "daemon off; worker_processes 1; pid {directory}/pid; error_log {directory}/error.log;
+            "daemon off; master_process off; pid {directory}/pid; error_log {directory}/error.log;
              events {{ }}
              http {{
                  access_log off; client_body_temp_path {directory}/b; proxy_temp_path {directory}/p;
@@ -210,7 +210,14 @@ impl Nginx {
         let path = files.path().join("nginx.conf");
         std::fs::write(&path, config).unwrap();
         let mut command = Command::new("nginx");
-        command.arg("-c").arg(&path).arg("-p").arg(files.path()).stderr(Stdio::null()).kill_on_drop(true);
+        command
+            .arg("-c")
+            .arg(&path)
+            .arg("-p")
+            .arg(files.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true);
         let process = command.spawn().ok()?;
         support::eventually("nginx serves", async || TcpStream::connect(address).await.ok()).await;
         Some(Self { address, _files: files, _process: process })

@@ -234,17 +234,14 @@ fn with_codex(source: &str, edit: &Edit, context: usize) -> Result<String, Strin
     patched(source, format!("*** Begin Patch\n*** Update File: file\n{}*** End Patch\n", edit.codex(context)))
 }
 
-/// Source files of this repository, and of its dependencies where cargo has them.
+/// The source files of this repository: the same on every machine, so that a failure is one everywhere.
 fn sources() -> Vec<String> {
-    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
-    let home = home.or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cargo")));
     let mut files = Vec::new();
-    let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
-    folders.extend(home.map(|home| home.join("registry/src")));
+    let mut folders: Vec<_> =
+        ["bin", "protocol", "src", "tests"].map(|folder| Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)).into();
     while let Some(folder) = folders.pop() {
-        let Ok(entries) = folder.read_dir() else { continue };
-        for path in entries.map(|entry| entry.unwrap().path()) {
-            if path.is_dir() {
+        for path in folder.read_dir().unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() && !path.ends_with("node_modules") {
                 folders.push(path);
             } else if path.extension().is_some_and(|kind| kind == "rs") {
                 files.push(path);
@@ -252,9 +249,7 @@ fn sources() -> Vec<String> {
         }
     }
     files.sort();
-    // Of thousands of files, some of every crate.
-    let stride = (files.len() / 250).max(1);
-    let texts = files.into_iter().step_by(stride).filter_map(|path| fs::read_to_string(path).ok());
+    let texts = files.into_iter().map(|path| fs::read_to_string(path).unwrap());
     texts.filter(|text| (1..=64 * 1024).contains(&text.len())).collect()
 }
 
@@ -449,7 +444,7 @@ fn files_that_have_changed_since_are_patched_as_patch_does_it() {
         let rejected = theirs.keys().filter_map(|name| name.strip_suffix(".rej")).collect::<Vec<_>>();
 
         // Each section alone: all together they would be refused for one.
-        let sections = diff.split("diff -ruN ").skip(1);
+        let sections = diff.split("\ndiff -ruN ").map(|section| section.trim_start_matches("diff -ruN "));
         let mut same = 0;
         for section in sections {
             let file = section.lines().next().unwrap().rsplit_once("b/").unwrap().1.trim_matches(['\'', '"']);

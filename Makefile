@@ -10,8 +10,9 @@ need = @for program in $(1); do command -v "$$program" >/dev/null 2>&1 || \
 # Where cargo builds, and what is made of it.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 GENERATED := $(TARGET)/release/generated
+DENY := $(TARGET)/tools/bin/cargo-deny
 
-.PHONY: demo test test-mcp check bench test-restart test-proxies package test-package tools-of-test
+.PHONY: demo test test-mcp check deny bench test-restart test-proxies package test-package tools-of-test
 
 demo:
 	$(call need,cargo cc)
@@ -27,6 +28,10 @@ test-mcp: tools-of-test $(EXECUTOR) $(CLIENTS)/node_modules/.package-lock.json $
 check:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+
+# What the dependencies may be: .deny.toml. The checker itself takes a minute to build, once.
+deny: $(DENY)
+	$(DENY) check bans licenses sources
 
 bench:
 	$(call need,cargo cc)
@@ -67,6 +72,10 @@ $(EXECUTOR): tests/support/package-lock.json tests/support/package.json | tools-
 $(CLIENTS)/node_modules/.package-lock.json: $(CLIENTS)/package-lock.json $(CLIENTS)/package.json | tools-of-test
 	cd $(CLIENTS) && npm ci
 	@touch $@
+
+$(DENY):
+	$(call need,cargo cc)
+	cargo install cargo-deny@0.20.2 --locked --debug --no-default-features --quiet --root $(TARGET)/tools
 
 $(CLIENTS)/venv/installed: $(CLIENTS)/requirements.txt
 	$(call need,python3)

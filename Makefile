@@ -2,6 +2,7 @@
 
 EXECUTOR := tests/support/node_modules/.package-lock.json
 CLIENTS := tests/support/mcp_clients
+SCHEMATHESIS := tests/support/schemathesis
 
 # Names the first of the programs $(1) that is missing, in one line.
 need = @for program in $(1); do command -v "$$program" >/dev/null 2>&1 || \
@@ -12,7 +13,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 GENERATED := $(TARGET)/release/generated
 DENY := $(TARGET)/tools/bin/cargo-deny
 
-.PHONY: demo test test-mcp check deny bench test-restart test-proxies package test-package tools-of-test
+.PHONY: demo test test-mcp test-api check deny bench test-restart test-proxies package test-package tools-of-test
 
 demo:
 	$(call need,cargo cc)
@@ -24,6 +25,11 @@ test: tools-of-test $(EXECUTOR)
 # Clients of other makers at the MCP door. What of the conformance suite does not apply, and why: $(CLIENTS)/conformance.yml.
 test-mcp: tools-of-test $(EXECUTOR) $(CLIENTS)/node_modules/.package-lock.json $(CLIENTS)/venv/installed
 	cargo test --test main mcp_clients -- --ignored --nocapture --test-threads 1
+
+# The API against its description, by schemathesis and with a real executor. `make test` asks every operation too, with
+# less invention.
+test-api: tools-of-test $(EXECUTOR) $(SCHEMATHESIS)/venv/installed
+	cargo test --test main openapi -- --include-ignored --nocapture --test-threads 1
 
 check:
 	cargo fmt --all --check
@@ -77,8 +83,8 @@ $(DENY):
 	$(call need,cargo cc)
 	cargo install cargo-deny@0.20.2 --locked --debug --no-default-features --quiet --root $(TARGET)/tools
 
-$(CLIENTS)/venv/installed: $(CLIENTS)/requirements.txt
+%/venv/installed: %/requirements.txt
 	$(call need,python3)
-	python3 -m venv $(CLIENTS)/venv
-	$(CLIENTS)/venv/bin/pip install -q -r $<
+	python3 -m venv $*/venv
+	$*/venv/bin/pip install -q -r $<
 	@touch $@

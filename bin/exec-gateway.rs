@@ -25,6 +25,7 @@ mod show;
 mod table;
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -69,6 +70,7 @@ fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
             let wanted = audit::Wanted { workspace, since, follow };
             audit::records(&valid(common, &Knobs::default())?, &wanted, common.json)?;
         }
+        Command::Openapi => std::io::stdout().write_all(&exec_gateway::api::openapi::text())?,
         Command::Generate { what, directory } => generate::run(what, &directory)?,
         Command::Key(command) => operate(common, command.into())?,
     }

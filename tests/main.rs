@@ -22,6 +22,7 @@ mod links;
 mod matrix;
 mod mcp;
 mod mcp_clients;
+mod openapi;
 mod ops;
 mod patch;
 mod proxies;

@@ -8,7 +8,7 @@ use crate::support::{Caller, FakeExecutor, TestGateway, Upstream, eventually};
 
 /// A page of the operators' listener.
 async fn page(gateway: &Gateway, path: &str) -> (u16, String) {
-    let answer = Caller::new(gateway.ops(), None).send("GET", path, &[], "").await;
+    let answer = Caller::new(gateway.ops(), None).try_send("GET", path, &[], "").await.unwrap();
     (answer.status.as_u16(), String::from_utf8(answer.body.to_vec()).unwrap())
 }
 

@@ -86,6 +86,8 @@ pub enum Command {
     /// List and rotate the gateway's own keys
     #[command(subcommand)]
     Key(Key),
+    /// Print the description of the API for programs, OpenAPI 3.1 in JSON
+    Openapi,
     /// Write man pages or shell completions, for packages
     #[command(hide = true)]
     Generate {

@@ -1,12 +1,13 @@
 //! Bodies of the doors for services of the original gateway (`connectors-api.md` §2.7). Shapes only; what they mean is
 //! for the doors.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{EnvironmentName, ExecutorId, TurnId, WorkspaceId};
 
 /// An executor as a workspace sees it. Times are RFC 3339 in UTC; what is not known is left out.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConnectedExecutor {
     /// Its id.
     pub exe_id: ExecutorId,
@@ -27,7 +28,7 @@ pub struct ConnectedExecutor {
 }
 
 /// A turn ends.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RevokeTurn {
     /// The turn.
     pub turn_id: TurnId,
@@ -37,7 +38,7 @@ pub struct RevokeTurn {
 }
 
 /// A person's machine is to become an executor.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RegisterExecutor {
     /// What the person calls it. A workspace's name for it is given when it is bound.
     #[serde(default)]
@@ -45,14 +46,14 @@ pub struct RegisterExecutor {
 }
 
 /// The answer to [`RegisterExecutor`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RegisteredExecutor {
     /// Its new id.
     pub exe_id: ExecutorId,
 }
 
 /// A workspace may reach an executor from now on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BindExecutor {
     /// The executor.
     pub exe_id: ExecutorId,
@@ -67,7 +68,7 @@ pub struct BindExecutor {
 }
 
 /// Two clients are to pass bytes from one executor to another (§2.6).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CreateTransfer {
     /// Whose executors they are.
     pub workspace_id: WorkspaceId,
@@ -83,8 +84,9 @@ pub struct CreateTransfer {
     pub max_bytes: u64,
 }
 
-/// The answer to [`CreateTransfer`]. The ticket is a right, so there is no `Debug`.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// The answer to [`CreateTransfer`].
+// The ticket is a right, so there is no `Debug`.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CreatedTransfer {
     /// What both sides show as their bearer.
     pub ticket: String,

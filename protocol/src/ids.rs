@@ -1,9 +1,11 @@
 //! Identifiers as types. Each is checked when made, cheap to clone, and never a bare string elsewhere.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Why a text is not an identifier of the wanted kind.
@@ -30,8 +32,13 @@ fn is_opaque(text: &str) -> bool {
     (1..=256).contains(&text.len()) && !text.chars().any(char::is_control)
 }
 
+/// The rules as regular expressions, for schemas.
+const NAME: &str = "^[A-Za-z0-9._-]{1,64}$";
+const PATH_ID: &str = "^[A-Za-z0-9_-]{1,256}$";
+const OPAQUE: &str = "^[^\\u0000-\\u001f\\u007f-\\u009f]{1,256}$";
+
 macro_rules! id {
-    ($(#[doc = $doc:literal])* $name:ident, $kind:literal, $rule:literal, $check:ident) => {
+    ($(#[doc = $doc:literal])* $name:ident, $kind:literal, $rule:literal, $check:ident, $pattern:ident) => {
         $(#[doc = $doc])*
         #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub struct $name(Arc<str>);
@@ -80,6 +87,16 @@ macro_rules! id {
             }
         }
 
+        impl JsonSchema for $name {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({ "type": "string", "description": concat!($($doc),*).trim(), "pattern": $pattern })
+            }
+        }
+
         impl Serialize for $name {
             fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.serialize_str(&self.0)
@@ -97,35 +114,35 @@ macro_rules! id {
 
 id!(
     /// A tenant.
-    WorkspaceId, "workspace", "1 to 64 of A-Z a-z 0-9 . _ -", is_name
+    WorkspaceId, "workspace", "1 to 64 of A-Z a-z 0-9 . _ -", is_name, NAME
 );
 id!(
     /// A workspace's name for an executor.
-    EnvironmentName, "environment name", "1 to 64 of A-Z a-z 0-9 . _ -", is_name
+    EnvironmentName, "environment name", "1 to 64 of A-Z a-z 0-9 . _ -", is_name, NAME
 );
 id!(
     /// A machine that connects to the gateway, `exe_<uuid>` when the gateway made it.
-    ExecutorId, "executor id", "1 to 256 of A-Z a-z 0-9 _ -", is_path_id
+    ExecutorId, "executor id", "1 to 256 of A-Z a-z 0-9 _ -", is_path_id, PATH_ID
 );
 id!(
     /// One registration of one executor process, `exr_<uuid>`.
-    RegistrationId, "registration id", "1 to 256 of A-Z a-z 0-9 _ -", is_path_id
+    RegistrationId, "registration id", "1 to 256 of A-Z a-z 0-9 _ -", is_path_id, PATH_ID
 );
 id!(
     /// A person, as the validator upstream names them.
-    UserId, "user id", "1 to 256 characters without control characters", is_opaque
+    UserId, "user id", "1 to 256 characters without control characters", is_opaque, OPAQUE
 );
 id!(
     /// What a cap-token was minted for; the unit of revocation.
-    TurnId, "turn id", "1 to 256 characters without control characters", is_opaque
+    TurnId, "turn id", "1 to 256 characters without control characters", is_opaque, OPAQUE
 );
 id!(
     /// A running process that callers can come back to, a version 4 UUID.
-    SessionId, "session id", "1 to 256 of A-Z a-z 0-9 _ -", is_path_id
+    SessionId, "session id", "1 to 256 of A-Z a-z 0-9 _ -", is_path_id, PATH_ID
 );
 id!(
     /// One of the gateway's own proxy tokens, `tok_<12>`.
-    TokenId, "token id", "1 to 256 of A-Z a-z 0-9 _ -", is_path_id
+    TokenId, "token id", "1 to 256 of A-Z a-z 0-9 _ -", is_path_id, PATH_ID
 );
 
 #[cfg(test)]

@@ -6,12 +6,13 @@ use std::fmt;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// The answer to every failed call.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorBody {
     /// What went wrong.
     pub error: ErrorDetail,
@@ -25,7 +26,7 @@ impl ErrorBody {
 }
 
 /// The inside of an [`ErrorBody`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorDetail {
     /// For programs.
     pub code: Cow<'static, str>,
@@ -37,7 +38,7 @@ pub struct ErrorDetail {
 }
 
 /// Whether failed work happened at the executor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Ran {
     /// It did not.
@@ -47,14 +48,16 @@ pub enum Ran {
 }
 
 /// The answer of `envs/list`.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "EnvList")]
 pub struct EnvList<Tools = Vec<ToolInfo>> {
     /// Connected environments; empty, never missing.
     pub envs: Vec<Env<Tools>>,
 }
 
 /// One environment of a workspace. Who sends it may have `Tools` as JSON already.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "Env")]
 pub struct Env<Tools = Vec<ToolInfo>> {
     /// The workspace's name for the executor.
     pub name: String,
@@ -71,7 +74,7 @@ pub struct Env<Tools = Vec<ToolInfo>> {
 }
 
 /// One tool.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ToolInfo {
     /// Its name.
@@ -85,8 +88,9 @@ pub struct ToolInfo {
     pub input_schema: Option<Value>,
 }
 
-/// A call of one tool. `Debug` shows the tool only.
-#[derive(Clone, PartialEq, Serialize, Deserialize)]
+/// A call of one tool.
+// `Debug` shows the tool only.
+#[derive(Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ToolCall {
     /// Its name; a missing one is an unknown one.
     #[serde(default)]
@@ -103,7 +107,7 @@ impl fmt::Debug for ToolCall {
 }
 
 /// What a tool answers, also when it failed.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ToolResult {
     /// For models and people.
@@ -129,7 +133,7 @@ impl ToolResult {
 }
 
 /// A piece of a tool's answer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum Content {
     /// Text.
@@ -147,7 +151,7 @@ pub const DIRECT_TRANSPORT: &str = "direct_jsonrpc_v1";
 pub const KEY_SUITE: &str = "Noise_hybridIK_X25519+MLKEM768_AESGCM_SHA256";
 
 /// What executors of all kinds send to register. Older ones send nothing, or members that nobody needs.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RegisterRequest {
     /// [`SECURITY_PROFILE`] asks for the encrypted transport.
@@ -161,9 +165,9 @@ pub struct RegisterRequest {
     pub transport: Option<String>,
 }
 
-/// The answer to a registration. Every kind of executor looks at its own members; `url` holds a ticket, so `Debug`
-/// leaves it out.
-#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// The answer to a registration. Every kind of executor looks at its own members.
+// `url` holds a ticket, so `Debug` leaves it out.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RegisterResponse {
     /// The executor's id, for older executors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -201,14 +205,15 @@ impl fmt::Debug for RegisterResponse {
 }
 
 /// A harness asks for the way to an executor.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConnectRequest {
     /// The key it will use.
     pub harness_public_key: HarnessKey,
 }
 
-/// The way to an executor. `url` and the authorization are rights, so `Debug` leaves them out.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// The way to an executor.
+// `url` and the authorization are rights, so `Debug` leaves them out.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConnectResponse {
     /// The id that was asked for.
     pub environment_id: String,
@@ -233,8 +238,9 @@ impl fmt::Debug for ConnectResponse {
     }
 }
 
-/// An executor asks whether a harness may talk to it. The authorization is a right, so `Debug` leaves it out.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// An executor asks whether a harness may talk to it.
+// The authorization is a right, so `Debug` leaves it out.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ValidateRequest {
     /// The executor's registration.
     pub executor_registration_id: String,
@@ -253,14 +259,14 @@ impl fmt::Debug for ValidateRequest {
 }
 
 /// The answer to a [`ValidateRequest`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ValidateResponse {
     /// Whether the harness may.
     pub valid: bool,
 }
 
 /// A public key of a harness, or of an executor, as it stands in JSON.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct HarnessKey {
     /// Always [`KEY_SUITE`].
     pub suite: String,

@@ -129,7 +129,7 @@ async fn way(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Res
     let (head, body) = request.into_parts();
     let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.edge.header_timeout_secs)).await?;
     let bad = |message: String| ApiError::new(400, "bad_request", message);
-    let request: ConnectRequest = serde_json::from_slice(&body).map_err(|error| bad(error.to_string()))?;
+    let request: ConnectRequest = super::rest::parse(&body)?;
     let key = request.harness_public_key.decode().map_err(|error| bad(format!("harness_public_key: {error}")))?;
     let link = link(api, &binding).await?;
     let registration = link.registration();

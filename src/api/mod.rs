@@ -9,6 +9,7 @@ pub mod executor;
 pub mod files;
 pub mod harness;
 pub mod mcp;
+pub mod openapi;
 pub mod processes;
 pub mod rest;
 pub mod transfer;
@@ -20,7 +21,7 @@ use bytes::Bytes;
 use futures_util::{FutureExt, Stream, StreamExt, stream};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, TRAILER};
+use hyper::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, TRAILER};
 use hyper::http::request::Parts;
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde::Serialize;
@@ -122,8 +123,12 @@ impl Api {
         let method = request.method().clone();
         let path = request.uri().path().to_owned();
         let found = self.router.find(&method, &path);
-        let envelope = found.as_ref().map_or(Envelope::Json, |(route, _)| route.envelope());
-        let timing = found.as_ref().is_ok_and(|(route, _)| route.is_timed()).then(Timing::start);
+        let row = match &found {
+            Ok((route, _)) | Err(RouteError::Parameter(route)) => Some(route.row()),
+            Err(RouteError::NotFound | RouteError::Method(_)) => None,
+        };
+        let envelope = row.map_or(Envelope::Json, |row| row.envelope);
+        let timing = row.is_some_and(|row| row.is_timed).then(Timing::start);
         if let Some(timing) = &timing {
             request.extensions_mut().insert(timing.clone());
         }
@@ -136,7 +141,9 @@ impl Api {
                     Err(ApiError::internal("the gateway failed at this request"))
                 })
             }
-            Err(RouteError::NotFound) => Err(ApiError::new(404, "not_found", "no such path")),
+            Err(RouteError::NotFound | RouteError::Parameter(_)) => {
+                Err(ApiError::new(404, "not_found", "no such path"))
+            }
             Err(RouteError::Method(allowed)) => Err(ApiError::new(405, "method_not_allowed", format!("use {allowed}"))
                 .with_header(ALLOW, HeaderValue::from_str(&allowed).expect("a method is a header value"))),
         };
@@ -190,10 +197,8 @@ impl Api {
             Route::Bridge => executor::open_link(&self, &parameter, request).await,
             Route::Mcp => mcp::message(&self, request).await,
             Route::ProtectedResource => mcp::protected_resource(&self, request),
-            Route::Health => {
-                let body = if request.method() == Method::HEAD { full("") } else { full("ok\n") };
-                Ok(Response::new(body))
-            }
+            Route::Health => Ok(fixed(&request, "text/plain; charset=utf-8", Bytes::from_static(b"ok\n"))),
+            Route::OpenApi => Ok(fixed(&request, "application/json", openapi::text())),
         }
     }
 
@@ -339,6 +344,15 @@ fn write_json(text: &mut Vec<u8>, value: &impl Serialize) {
 
 fn json(value: &impl Serialize) -> Response<Body> {
     json_bytes(json_line(value))
+}
+
+/// An answer that is always the same.
+fn fixed<B>(request: &Request<B>, content_type: &'static str, content: Bytes) -> Response<Body> {
+    let length = content.len();
+    let mut response = Response::new(full(if request.method() == Method::HEAD { Bytes::new() } else { content }));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
+    response
 }
 
 /// An answer that is JSON already.

@@ -13,6 +13,7 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::{Request, Response};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -118,9 +119,10 @@ impl OutputQuery {
             Some("pty") => Some(2),
             Some(_) => return Err(bad_request("stream: expected stdout, stderr or pty")),
         };
+        let ends = bounded("bytes", settings.page_bytes)?;
         let head_tail = match query_parameter(query, "view").as_deref() {
             None => None,
-            Some("head_tail") => Some(bounded("bytes", settings.page_bytes)?),
+            Some("head_tail") => Some(ends),
             Some(_) => return Err(bad_request("view: expected head_tail")),
         };
         let offset = number("offset")?;
@@ -171,8 +173,8 @@ pub async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Res
 }
 
 /// An answer with output.
-#[derive(Serialize)]
-struct Output<'a> {
+#[derive(Serialize, JsonSchema)]
+pub(super) struct Output<'a> {
     chunks: Vec<Chunk<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     exit: Option<Value>,
@@ -202,8 +204,8 @@ async fn head_tail(session: &Arc<Session>, query: &OutputQuery, bytes: usize) ->
 }
 
 /// An answer with the two ends of the output.
-#[derive(Serialize)]
-struct HeadTail<'a> {
+#[derive(Serialize, JsonSchema)]
+pub(super) struct HeadTail<'a> {
     exit: Option<Value>,
     exit_code: Option<i32>,
     head: Vec<Chunk<'a>>,
@@ -213,12 +215,16 @@ struct HeadTail<'a> {
 }
 
 /// Body of `stdin`.
-#[derive(Deserialize)]
-struct StdinBody {
+#[derive(Deserialize, JsonSchema)]
+pub(super) struct StdinBody {
+    /// Bytes in standard base64 with padding.
     #[serde(default)]
+    #[schemars(extend("pattern" = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$"))]
     data_b64: Option<String>,
+    /// Where the bytes begin among all that the process was given.
     #[serde(default)]
     offset: Option<u64>,
+    /// Whether nothing follows them.
     #[serde(default)]
     eof: bool,
 }
@@ -250,10 +256,12 @@ pub async fn stdin(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resu
 }
 
 /// Body of `terminate`.
-#[derive(Deserialize, Default)]
-struct TerminateBody {
+#[derive(Deserialize, JsonSchema, Default)]
+pub(super) struct TerminateBody {
+    /// How it is asked; `KILL` where nothing is said.
     #[serde(default)]
     signal: Option<EndSignal>,
+    /// Time between interrupt and kill, for `TERM`.
     #[serde(default)]
     grace_ms: Option<u64>,
 }

@@ -5,73 +5,6 @@ use std::collections::BTreeMap;
 use hyper::Method;
 use matchit::{Match, Params};
 
-/// What an API request asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Route {
-    /// The environments of a workspace.
-    EnvList,
-    /// One tool call.
-    ToolCall,
-    /// The content of a file.
-    FileGet,
-    /// A new content for a file.
-    FilePut,
-    /// The process sessions of a workspace.
-    ProcessList,
-    /// One process session.
-    ProcessShow,
-    /// A process session is ended and forgotten.
-    ProcessForget,
-    /// Output of a process session.
-    ProcessOutput,
-    /// A caller attaches to a process session.
-    ProcessAttach,
-    /// Input for a process session.
-    ProcessStdin,
-    /// A process session is to end.
-    ProcessTerminate,
-    /// An executor registers: codex.
-    RegisterCodex,
-    /// An executor registers: agentx.
-    RegisterAgentx,
-    /// An executor registers: codex on its direct transport.
-    RegisterDirect,
-    /// An executor asks whether to trust a harness.
-    Validate,
-    /// A harness asks for the way to an encrypted executor.
-    Connect,
-    /// An executor or a harness opens its socket.
-    Bridge,
-    /// A registered executor opens its socket.
-    CloudRelay,
-    /// A service asks who is connected.
-    Connected,
-    /// A service ends a turn.
-    RevokeTurn,
-    /// A service makes an executor.
-    ExecutorRegister,
-    /// A service deletes an executor.
-    ExecutorDelete,
-    /// A service binds an executor.
-    ExecutorBind,
-    /// A service lists the executors of a workspace.
-    ExecutorsBound,
-    /// A service unbinds an executor.
-    ExecutorUnbind,
-    /// A message of an MCP client.
-    Mcp,
-    /// An MCP client asks how to come by a token.
-    ProtectedResource,
-    /// A service makes a transfer.
-    TransferCreate,
-    /// The sending side of a transfer.
-    TransferPut,
-    /// The receiving side of a transfer.
-    TransferGet,
-    /// The gateway is alive.
-    Health,
-}
-
 /// How errors of a route are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Envelope {
@@ -85,78 +18,135 @@ pub enum Envelope {
     Text,
 }
 
-impl Route {
-    /// How errors of this route are written: WebSocket doors speak plain text (connectors-api.md §2.4), those of
-    /// services a text in JSON (§2.6, §2.7).
-    pub fn envelope(self) -> Envelope {
-        match self {
-            Self::Bridge | Self::CloudRelay | Self::Health => Envelope::Text,
-            Self::Connected
-            | Self::RevokeTurn
-            | Self::ExecutorRegister
-            | Self::ExecutorDelete
-            | Self::ExecutorBind
-            | Self::ExecutorsBound
-            | Self::ExecutorUnbind
-            | Self::TransferCreate
-            | Self::TransferPut
-            | Self::TransferGet => Envelope::Message,
-            Self::EnvList
-            | Self::ToolCall
-            | Self::FileGet
-            | Self::FilePut
-            | Self::ProcessList
-            | Self::ProcessShow
-            | Self::ProcessForget
-            | Self::ProcessOutput
-            | Self::ProcessAttach
-            | Self::ProcessStdin
-            | Self::ProcessTerminate
-            | Self::RegisterCodex
-            | Self::RegisterAgentx
-            | Self::RegisterDirect
-            | Self::Validate
-            | Self::Connect
-            | Self::ProtectedResource => Envelope::Json,
-            Self::Mcp => Envelope::Rpc,
-        }
-    }
-
+/// What the table says of one route.
+#[derive(Debug)]
+pub struct Row {
+    /// The route.
+    pub route: Route,
+    /// Its name in the table.
+    pub name: &'static str,
+    /// One sentence for people.
+    pub about: &'static str,
+    /// Methods that it answers; `HEAD` where it knows the length of what `GET` would send.
+    pub methods: &'static [Method],
+    /// Its paths, the preferred one first, with `{}` around their parameters.
+    pub paths: &'static [&'static str],
+    /// How its errors are written.
+    pub envelope: Envelope,
     /// Whether answers say where their time went.
-    pub fn is_timed(self) -> bool {
-        match self {
-            Self::EnvList
-            | Self::ToolCall
-            | Self::FileGet
-            | Self::FilePut
-            | Self::ProcessList
-            | Self::ProcessShow
-            | Self::ProcessForget
-            | Self::ProcessOutput
-            | Self::ProcessStdin
-            | Self::ProcessTerminate
-            | Self::Mcp => true,
-            Self::ProcessAttach
-            | Self::RegisterCodex
-            | Self::RegisterAgentx
-            | Self::RegisterDirect
-            | Self::Validate
-            | Self::Connect
-            | Self::Bridge
-            | Self::CloudRelay
-            | Self::Connected
-            | Self::RevokeTurn
-            | Self::ExecutorRegister
-            | Self::ExecutorDelete
-            | Self::ExecutorBind
-            | Self::ExecutorsBound
-            | Self::ExecutorUnbind
-            | Self::TransferCreate
-            | Self::TransferPut
-            | Self::TransferGet
-            | Self::ProtectedResource
-            | Self::Health => false,
+    pub is_timed: bool,
+}
+
+/// Makes the routes of the table, so that none is without methods, paths, envelope and sentence.
+macro_rules! table {
+    ($(
+        #[doc = $about:literal]
+        $name:ident: $($method:ident)+ [$($path:literal)+] $envelope:ident $($timed:ident)?;
+    )+) => {
+        /// What an API request asks for.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Route {
+            $(#[doc = $about] $name,)+
         }
+
+        /// Every endpoint.
+        pub static TABLE: &[Row] = &[$(
+            Row {
+                route: Route::$name,
+                name: stringify!($name),
+                about: $about,
+                methods: &[$(Method::$method),+],
+                paths: &[$($path),+],
+                envelope: Envelope::$envelope,
+                is_timed: table!(@ $($timed)?),
+            },
+        )+];
+    };
+    (@ timed) => { true };
+    (@) => { false };
+}
+
+// WebSocket doors speak plain text where they refuse (connectors-api.md §2.4), those of services a text in JSON (§2.6,
+// §2.7). The older Python client still calls /api/sdk.
+table! {
+    /// The environments of a workspace.
+    EnvList: POST ["/api/connectors/envs/list" "/api/sdk/envs/list"] Json timed;
+    /// One tool call.
+    ToolCall: POST ["/api/connectors/envs/{name}/tool/call" "/api/sdk/envs/{name}/tool/call"] Json timed;
+    /// The content of a file.
+    FileGet: GET HEAD ["/api/connectors/envs/{name}/files" "/api/sdk/envs/{name}/files"] Json timed;
+    /// A new content for a file.
+    FilePut: PUT ["/api/connectors/envs/{name}/files" "/api/sdk/envs/{name}/files"] Json timed;
+    /// The process sessions of a workspace.
+    ProcessList: GET ["/api/connectors/processes" "/api/sdk/processes"] Json timed;
+    /// One process session.
+    ProcessShow: GET ["/api/connectors/processes/{sid}" "/api/sdk/processes/{sid}"] Json timed;
+    /// A process session is ended and forgotten.
+    ProcessForget: DELETE ["/api/connectors/processes/{sid}" "/api/sdk/processes/{sid}"] Json timed;
+    /// Output of a process session.
+    ProcessOutput: GET ["/api/connectors/processes/{sid}/output" "/api/sdk/processes/{sid}/output"] Json timed;
+    /// A caller attaches to a process session.
+    ProcessAttach: GET ["/api/connectors/processes/{sid}/attach" "/api/sdk/processes/{sid}/attach"] Json;
+    /// Input for a process session.
+    ProcessStdin: POST ["/api/connectors/processes/{sid}/stdin" "/api/sdk/processes/{sid}/stdin"] Json timed;
+    /// A process session is to end.
+    ProcessTerminate: POST
+        ["/api/connectors/processes/{sid}/terminate" "/api/sdk/processes/{sid}/terminate"] Json timed;
+    /// An executor registers: codex.
+    RegisterCodex: POST ["/cloud/environment/{id}/register" "/cloud/executor/{id}/register"] Json;
+    /// An executor registers: agentx.
+    RegisterAgentx: POST ["/agentx/environment/{id}/register"] Json;
+    /// An executor registers: codex on its direct transport.
+    RegisterDirect: POST ["/cloud/environment/{id}/direct/register"] Json;
+    /// An executor asks whether to trust a harness.
+    Validate: POST ["/cloud/environment/{id}/validate" "/cloud/executor/{id}/validate"] Json;
+    /// A harness asks for the way to an encrypted executor.
+    Connect: POST ["/cloud/environment/{id}/connect"] Json;
+    /// An executor or a harness opens its socket.
+    Bridge: GET ["/bridge/{id}" "/codex-exec/{id}" "/agentx/{id}"] Text;
+    /// A registered executor, or a harness of it, opens its socket.
+    CloudRelay: GET ["/cloud/relay/{registration}"] Text;
+    /// A service asks who is connected.
+    Connected: GET ["/api/exec-gateway/connected"] Message;
+    /// A service ends a turn.
+    RevokeTurn: POST ["/api/exec-gateway/revoke-turn"] Message;
+    /// A service makes an executor.
+    ExecutorRegister: POST ["/api/codex-exec/register"] Message;
+    /// A service deletes an executor.
+    ExecutorDelete: DELETE ["/api/codex-exec/executors/{id}"] Message;
+    /// A service binds an executor.
+    ExecutorBind: POST ["/api/codex-exec/workspaces/{wid}/executors"] Message;
+    /// A service lists the executors of a workspace.
+    ExecutorsBound: GET ["/api/codex-exec/workspaces/{wid}/executors"] Message;
+    /// A service unbinds an executor.
+    ExecutorUnbind: DELETE ["/api/codex-exec/workspaces/{wid}/executors/{id}"] Message;
+    /// A message of an MCP client.
+    Mcp: POST ["/mcp" "/v1/mcp"] Rpc timed;
+    /// An MCP client asks how to come by a token.
+    ProtectedResource: GET [
+        "/.well-known/oauth-protected-resource"
+        "/.well-known/oauth-protected-resource/mcp"
+        "/.well-known/oauth-protected-resource/v1/mcp"
+        // Where the original has it.
+        "/v1/.well-known/oauth-protected-resource"
+    ] Json;
+    /// A service, or a caller for its own workspace, makes a transfer.
+    TransferCreate: POST ["/api/exec-gateway/relay/create"] Message;
+    /// The sending side of a transfer.
+    TransferPut: PUT ["/relay/{ticket}"] Message;
+    /// The receiving side of a transfer.
+    TransferGet: GET ["/relay/{ticket}"] Message;
+    /// The gateway is alive.
+    Health: GET HEAD ["/healthz"] Text;
+    /// This description.
+    OpenApi: GET HEAD ["/openapi.json"] Json;
+}
+
+impl Route {
+    /// What the table says of it.
+    pub fn row(self) -> &'static Row {
+        // Both are made of the same list.
+        &TABLE[self as usize]
     }
 }
 
@@ -165,6 +155,8 @@ impl Route {
 pub enum RouteError {
     /// No such path.
     NotFound,
+    /// A path of this route, but what stands for its parameter is not UTF-8 in percent-encoding.
+    Parameter(Route),
     /// The path exists for other methods, which this lists.
     Method(String),
 }
@@ -175,53 +167,13 @@ pub struct Router(matchit::Router<Vec<(Method, Route)>>);
 impl Router {
     /// Every endpoint.
     pub fn new() -> Self {
-        let mut table: BTreeMap<String, Vec<(Method, Route)>> = BTreeMap::new();
-        let mut add = |method: Method, path: &str, route: Route| {
-            table.entry(path.to_owned()).or_default().push((method, route));
-        };
-        // The older Python client still calls /api/sdk.
-        for base in ["/api/connectors", "/api/sdk"] {
-            add(Method::POST, &format!("{base}/envs/list"), Route::EnvList);
-            add(Method::POST, &format!("{base}/envs/{{name}}/tool/call"), Route::ToolCall);
-            add(Method::GET, &format!("{base}/envs/{{name}}/files"), Route::FileGet);
-            add(Method::PUT, &format!("{base}/envs/{{name}}/files"), Route::FilePut);
-            add(Method::GET, &format!("{base}/processes"), Route::ProcessList);
-            add(Method::GET, &format!("{base}/processes/{{sid}}"), Route::ProcessShow);
-            add(Method::DELETE, &format!("{base}/processes/{{sid}}"), Route::ProcessForget);
-            add(Method::GET, &format!("{base}/processes/{{sid}}/output"), Route::ProcessOutput);
-            add(Method::GET, &format!("{base}/processes/{{sid}}/attach"), Route::ProcessAttach);
-            add(Method::POST, &format!("{base}/processes/{{sid}}/stdin"), Route::ProcessStdin);
-            add(Method::POST, &format!("{base}/processes/{{sid}}/terminate"), Route::ProcessTerminate);
+        let mut table: BTreeMap<&str, Vec<(Method, Route)>> = BTreeMap::new();
+        for row in TABLE {
+            for path in row.paths {
+                let methods = row.methods.iter().map(|method| (method.clone(), row.route));
+                table.entry(path).or_default().extend(methods);
+            }
         }
-        add(Method::POST, "/cloud/environment/{id}/register", Route::RegisterCodex);
-        add(Method::POST, "/cloud/executor/{id}/register", Route::RegisterCodex);
-        add(Method::POST, "/agentx/environment/{id}/register", Route::RegisterAgentx);
-        add(Method::POST, "/cloud/environment/{id}/direct/register", Route::RegisterDirect);
-        add(Method::POST, "/cloud/environment/{id}/validate", Route::Validate);
-        add(Method::POST, "/cloud/executor/{id}/validate", Route::Validate);
-        add(Method::POST, "/cloud/environment/{id}/connect", Route::Connect);
-        add(Method::GET, "/bridge/{id}", Route::Bridge);
-        add(Method::GET, "/codex-exec/{id}", Route::Bridge);
-        add(Method::GET, "/agentx/{id}", Route::Bridge);
-        add(Method::GET, "/cloud/relay/{registration}", Route::CloudRelay);
-        add(Method::GET, "/api/exec-gateway/connected", Route::Connected);
-        add(Method::POST, "/api/exec-gateway/revoke-turn", Route::RevokeTurn);
-        add(Method::POST, "/api/codex-exec/register", Route::ExecutorRegister);
-        add(Method::DELETE, "/api/codex-exec/executors/{id}", Route::ExecutorDelete);
-        add(Method::POST, "/api/codex-exec/workspaces/{wid}/executors", Route::ExecutorBind);
-        add(Method::GET, "/api/codex-exec/workspaces/{wid}/executors", Route::ExecutorsBound);
-        add(Method::DELETE, "/api/codex-exec/workspaces/{wid}/executors/{id}", Route::ExecutorUnbind);
-        for path in ["/mcp", "/v1/mcp"] {
-            add(Method::POST, path, Route::Mcp);
-            add(Method::GET, &format!("/.well-known/oauth-protected-resource{path}"), Route::ProtectedResource);
-        }
-        add(Method::GET, "/.well-known/oauth-protected-resource", Route::ProtectedResource);
-        // Where the original has it.
-        add(Method::GET, "/v1/.well-known/oauth-protected-resource", Route::ProtectedResource);
-        add(Method::POST, "/api/exec-gateway/relay/create", Route::TransferCreate);
-        add(Method::PUT, "/relay/{ticket}", Route::TransferPut);
-        add(Method::GET, "/relay/{ticket}", Route::TransferGet);
-        add(Method::GET, "/healthz", Route::Health);
         let mut paths = matchit::Router::new();
         for (path, routes) in table {
             paths.insert(path, routes).expect("paths of the table do not conflict");
@@ -235,15 +187,11 @@ impl Router {
     /// [`RouteError`].
     pub fn find(&self, method: &Method, path: &str) -> Result<(Route, String), RouteError> {
         let Match { value: routes, params } = self.0.at(path).map_err(|_| RouteError::NotFound)?;
-        let answers = |wanted: &Method, route: Route| {
-            let has_head = matches!(route, Route::Health | Route::FileGet);
-            wanted == method || (*wanted == Method::GET && *method == Method::HEAD && has_head)
-        };
-        let Some((_, route)) = routes.iter().find(|(wanted, route)| answers(wanted, *route)) else {
-            let allowed: Vec<&str> = routes.iter().map(|(wanted, _)| wanted.as_str()).collect();
+        let Some((_, route)) = routes.iter().find(|(answered, _)| answered == method) else {
+            let allowed: Vec<&str> = routes.iter().map(|(answered, _)| answered.as_str()).collect();
             return Err(RouteError::Method(allowed.join(", ")));
         };
-        Ok((*route, parameter(&params).ok_or(RouteError::NotFound)?))
+        Ok((*route, parameter(&params).ok_or(RouteError::Parameter(*route))?))
     }
 }
 
@@ -298,6 +246,17 @@ mod tests {
             Err(RouteError::Method("POST".into()))
         );
         assert_eq!(Router::new().find(&Method::GET, "/nowhere"), Err(RouteError::NotFound));
+    }
+
+    #[test]
+    fn a_parameter_that_is_no_text_is_told_apart_from_a_path_that_is_not_there() {
+        let found = Router::new().find(&Method::GET, "/bridge/%ff");
+        assert_eq!(found, Err(RouteError::Parameter(Route::Bridge)));
+    }
+
+    #[test]
+    fn every_route_has_its_own_row() {
+        assert!(TABLE.iter().all(|row| std::ptr::eq(row.route.row(), row)));
     }
 
     #[test]

@@ -210,12 +210,12 @@ impl Tool {
 
     /// JSON schema of its arguments.
     pub fn input_schema(&self) -> Value {
-        schema(self.input)
+        schema(SchemaSettings::for_deserialize, self.input)
     }
 
     /// JSON schema of the structured part of its answer, where it did not fail.
     pub fn output_schema(&self) -> Value {
-        schema(self.output)
+        schema(SchemaSettings::for_serialize, self.output)
     }
 
     /// What callers are told about it.
@@ -273,9 +273,9 @@ impl Tool {
     }
 }
 
-/// The schema of a type as callers are given it: whole, without references.
-fn schema(of: fn(&mut SchemaGenerator) -> Schema) -> Value {
-    let settings = SchemaSettings::draft2020_12().with(|settings| {
+/// The schema of a type as callers are given it: whole, without references, and as it is read or as it is written.
+fn schema(contract: fn(SchemaSettings) -> SchemaSettings, of: fn(&mut SchemaGenerator) -> Schema) -> Value {
+    let settings = contract(SchemaSettings::draft2020_12()).with(|settings| {
         settings.meta_schema = None;
         settings.inline_subschemas = true;
     });
@@ -288,7 +288,7 @@ fn schema(of: fn(&mut SchemaGenerator) -> Schema) -> Value {
 }
 
 /// Takes out how wide Rust's numbers are: JSON schema knows no such formats, and clients complain about them.
-fn forget_widths(schema: &mut Value) {
+pub fn forget_widths(schema: &mut Value) {
     match schema {
         Value::Object(members) => {
             let is_width = |format: &Value| format.as_str().is_some_and(|format| format.contains("int"));

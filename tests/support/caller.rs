@@ -12,6 +12,8 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::{Value, json};
 
+use super::described;
+
 /// A caller with a bearer token, or none.
 #[derive(Clone)]
 pub struct Caller {
@@ -45,6 +47,9 @@ impl Caller {
                 let seconds = answer.header("retry-after").and_then(|value| value.parse::<u32>().ok());
                 assert!(seconds.is_some_and(|seconds| seconds > 0), "{answer:?}");
             }
+        }
+        if let Some(fault) = described::fault(method, path, &answer) {
+            panic!("{fault}");
         }
         answer
     }

@@ -7,6 +7,7 @@ pub mod adapter;
 pub mod app_server;
 pub mod caller;
 pub mod codex;
+pub mod described;
 pub mod fake_executor;
 pub mod gateway;
 pub mod harness;

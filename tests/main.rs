@@ -39,3 +39,4 @@ mod tenancy;
 mod tls;
 mod tokens;
 mod transfer;
+mod walk;

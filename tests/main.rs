@@ -37,4 +37,5 @@ mod shell;
 mod tenancy;
 mod tls;
 mod tokens;
+mod trace;
 mod transfer;

@@ -13,7 +13,6 @@ use super::audited;
 use super::error::ApiError;
 use crate::audit::Act;
 use crate::auth::{Principal, Revocations, bearer};
-use crate::ops::metrics::CallLabels;
 use crate::protocol::rest::{Ran, ToolResult};
 use crate::timing::Timing;
 use crate::tools::{Call, Effect, Progress, Tool};
@@ -115,10 +114,11 @@ impl Admitted {
         let Order { tool, environment, key, arguments, text_bytes_max, progress } = order;
         let begun = audited::tool_call(&api, act, &workspace, tool, environment.as_deref(), &arguments).await;
         let (entry, bytes_in) = begun?;
+        let started = tokio::time::Instant::now();
         let call = Call {
             workspace,
             settings: api.tools.clone(),
-            started: tokio::time::Instant::now(),
+            started,
             sessions: api.sessions.clone(),
             key,
             draining: api.draining.clone(),
@@ -139,7 +139,8 @@ impl Admitted {
             Ok(_) => "ok",
             Err(error) => error.code(),
         };
-        api.metrics.calls.get_or_create(&CallLabels { tool: tool.name(), outcome }).inc();
+        api.metrics.calls.of([tool.name(), outcome]).inc();
+        api.metrics.call_duration.of([tool.name()]).observe(started.elapsed());
         result
     }
 }

@@ -123,13 +123,14 @@ impl Api {
         let path = request.uri().path().to_owned();
         let found = self.router.find(&method, &path);
         let envelope = found.as_ref().map_or(Envelope::Json, |(route, _)| route.envelope());
-        let timing = found.as_ref().is_ok_and(|(route, _)| route.is_timed()).then(Timing::start);
+        let (name, door) = found.as_ref().map_or(("none", None), |(route, _)| (route.name(), route.timed_door()));
+        let timing = door.map(|door| Timing::observed(door, self.metrics.clone()));
         if let Some(timing) = &timing {
             request.extensions_mut().insert(timing.clone());
         }
+        let metrics = self.metrics.clone();
         let result = match found {
             Ok((route, parameter)) => {
-                let metrics = self.metrics.clone();
                 let handled = std::panic::AssertUnwindSafe(self.dispatch(route, parameter, request)).catch_unwind();
                 handled.await.unwrap_or_else(|_| {
                     metrics.panics.inc();
@@ -145,6 +146,7 @@ impl Api {
             log(&error, &request_id, &method, &path);
             render(&error, envelope)
         });
+        metrics.http_requests.of([name, class(response.status())]).inc();
         let headers = response.headers_mut();
         headers.insert(REQUEST_ID, request_id);
         if let Some(timing) = timing {
@@ -204,6 +206,17 @@ impl Api {
 
 fn draining() -> ApiError {
     ApiError::new(503, "draining", "the gateway is restarting").retry_after(1)
+}
+
+/// The class of a status, for metrics.
+fn class(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        ..200 => "1xx",
+        200..300 => "2xx",
+        300..400 => "3xx",
+        400..500 => "4xx",
+        500.. => "5xx",
+    }
 }
 
 /// The caller's request id where it is a usable one, else a new one.

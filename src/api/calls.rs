@@ -14,7 +14,6 @@ use super::audited;
 use super::error::ApiError;
 use crate::audit::Act;
 use crate::auth::{AuthError, Principal, Revocations, bearer};
-use crate::ops::metrics::CallLabels;
 use crate::protocol::rest::{Ran, ToolResult};
 use crate::timing::Timing;
 use crate::tools::{Call, Effect, Progress, Tool};
@@ -144,6 +143,7 @@ impl Admitted {
     pub(super) async fn run(self, api: Arc<Api>, order: Order) -> Result<ToolResult, ApiError> {
         let Order { tool, environment, key, arguments, text_bytes_max, progress } = order;
         let call = Call { key, text_bytes_max, progress, ..self.call(&api) };
+        let started = call.started;
         let Self { principal: _, workspace: _, act, timing: _, right, place } = self;
         // One that cannot be found is told as the result, and recorded by the name that the caller gave.
         let binding = tool.environment(&call, environment.as_deref()).await;
@@ -167,7 +167,8 @@ impl Admitted {
             Ok(_) => "ok",
             Err(error) => error.code(),
         };
-        api.metrics.calls.get_or_create(&CallLabels { tool: tool.name(), outcome }).inc();
+        api.metrics.calls.of([tool.name(), outcome]).inc();
+        api.metrics.call_duration.of([tool.name()]).observe(started.elapsed());
         result
     }
 }

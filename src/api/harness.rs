@@ -19,7 +19,6 @@ use crate::auth::{AuthError, CredentialId, Principal, bearer};
 use crate::edge::body::{self, Body};
 use crate::edge::peer;
 use crate::edge::upgrade::{self, SocketLimits, SocketStream as HarnessStream};
-use crate::ops::metrics::OutcomeLabel;
 use crate::protocol::frame::StreamId;
 use crate::protocol::harness_token::{HarnessClaims, KeyDigest};
 use crate::protocol::ids::{ExecutorId, WorkspaceId};
@@ -224,7 +223,7 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
             }
         };
         tracing::debug!(executor = %binding.executor(), workspace = %workspace.id(), ?end, "harness socket ended");
-        api.metrics.harnesses_ended.get_or_create(&OutcomeLabel { outcome: end.label() }).inc();
+        api.metrics.harnesses_ended.of([end.label()]).inc();
         entry.end(outcome(end, socket.passed()));
         socket.close(end).await;
     });

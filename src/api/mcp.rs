@@ -175,6 +175,7 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     {
         api.mcp_calls.cancel(&call_of(&client, &request_id));
     }
+    api.metrics.mcp_messages.of([method_name(peek.method.as_deref())]).inc();
     let begins = peek.method.as_deref() == Some("initialize");
     let id = peek.id.map(|id| id.get().to_owned());
 
@@ -309,6 +310,18 @@ fn is_events(answer: &Rpc) -> bool {
 fn pieces(answer: Rpc) -> impl Stream<Item = Bytes> + Send {
     let frames = BodyExt::into_data_stream(answer.into_body().boxed_unsync());
     frames.filter_map(|frame| std::future::ready(frame.ok()))
+}
+
+/// A message's method, for metrics; a client may write anything there.
+fn method_name(method: Option<&str>) -> &'static str {
+    match method {
+        Some("initialize") => "initialize",
+        Some("tools/list") => "tools/list",
+        Some("tools/call") => "tools/call",
+        Some("ping") => "ping",
+        Some(other) if other.starts_with("notifications/") => "notification",
+        _ => "other",
+    }
 }
 
 fn events(pieces: impl Stream<Item = Bytes> + Send + 'static, timing: Timing) -> Response<Body> {

@@ -129,13 +129,14 @@ impl Api {
             tracing::debug_span!("request", request_id = ?request_id, trace_id, %method, path = public_part(&path));
         let found = self.router.find(&method, &path);
         let envelope = found.as_ref().map_or(Envelope::Json, |(route, _)| route.envelope());
-        let timing = found.as_ref().is_ok_and(|(route, _)| route.is_timed()).then(Timing::start);
+        let (name, door) = found.as_ref().map_or(("none", None), |(route, _)| (route.name(), route.timed_door()));
+        let timing = door.map(|door| Timing::observed(door, self.metrics.clone()));
         if let Some(timing) = &timing {
             request.extensions_mut().insert(timing.clone());
         }
+        let metrics = self.metrics.clone();
         let result = match found {
             Ok((route, parameter)) => {
-                let metrics = self.metrics.clone();
                 let work = trace::within(trace, self.dispatch(route, parameter, request)).instrument(span);
                 let handled = std::panic::AssertUnwindSafe(work).catch_unwind();
                 handled.await.unwrap_or_else(|_| {
@@ -152,6 +153,7 @@ impl Api {
             log(&error, &request_id, &trace_id, &method, &path);
             render(&error, envelope)
         });
+        metrics.http_requests.of([name, class(response.status())]).inc();
         let headers = response.headers_mut();
         headers.insert(REQUEST_ID, request_id);
         if let Some(timing) = timing {
@@ -213,6 +215,17 @@ const DRAINING: &str = "draining";
 
 fn draining() -> ApiError {
     ApiError::new(503, DRAINING, "the gateway is restarting").retry_after(1)
+}
+
+/// The class of a status, for metrics.
+fn class(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        ..200 => "1xx",
+        200..300 => "2xx",
+        300..400 => "3xx",
+        400..500 => "4xx",
+        500.. => "5xx",
+    }
 }
 
 /// The caller's request id where it is a usable one, else a new one.

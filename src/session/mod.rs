@@ -773,6 +773,11 @@ impl Sessions {
         sessions
     }
 
+    /// Every session at this moment.
+    pub fn all(&self) -> Vec<Arc<Session>> {
+        self.entries.iter().map(|entry| entry.clone()).collect()
+    }
+
     /// Bounds and times of sessions.
     pub fn settings(&self) -> &config::Sessions {
         &self.settings
@@ -841,8 +846,7 @@ impl Sessions {
 
     /// Forgets what was not used for too long; a running process is ended first.
     pub async fn expire(&self) {
-        let entries: Vec<Arc<Session>> = self.entries.iter().map(|entry| entry.clone()).collect();
-        let expired = entries.into_iter().filter(|session| {
+        let expired = self.all().into_iter().filter(|session| {
             let bound = if session.status().state.is_final() {
                 self.settings.idle_secs
             } else {

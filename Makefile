@@ -13,7 +13,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 GENERATED := $(TARGET)/release/generated
 DENY := $(TARGET)/tools/bin/cargo-deny
 
-.PHONY: demo test test-mcp test-api check deny bench test-restart test-proxies package test-package tools-of-test
+.PHONY: demo test test-mcp test-api test-otlp check deny bench test-restart test-proxies package test-package tools-of-test
 
 demo:
 	$(call need,cargo cc)
@@ -31,9 +31,14 @@ test-mcp: tools-of-test $(EXECUTOR) $(CLIENTS)/node_modules/.package-lock.json $
 test-api: tools-of-test $(EXECUTOR) $(SCHEMATHESIS)/venv/installed
 	cargo test --test main openapi -- --include-ignored --nocapture --test-threads 1
 
+# Spans, in a build that makes them.
+test-otlp:
+	$(call need,cargo cc)
+	cargo test --features otlp --test main trace::
+
 check:
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets --all-features -- -D warnings
 
 # What the dependencies may be: .deny.toml. The checker itself takes a minute to build, once.
 deny: $(DENY)

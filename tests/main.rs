@@ -38,5 +38,6 @@ mod shell;
 mod tenancy;
 mod tls;
 mod tokens;
+mod trace;
 mod transfer;
 mod walk;

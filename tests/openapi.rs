@@ -1,5 +1,5 @@
-//! The description of the API: served, printed, and the same as what the doors do. That every answer of every other test
-//! is as it says is for `support::described` to see.
+//! The description of the API: served, printed, and the same as what the doors do. That every answer of every other
+//! test is as it says is for `support::described` to see.
 
 use std::path::PathBuf;
 

@@ -88,7 +88,7 @@ pub enum Command {
     Key(Key),
     /// Print the description of the API for programs, OpenAPI 3.1 in JSON
     Openapi,
-    /// Write man pages or shell completions, for packages
+    /// Write man pages, shell completions or the page of metrics, for packages
     #[command(hide = true)]
     Generate {
         /// What to write

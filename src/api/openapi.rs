@@ -1,6 +1,6 @@
 //! The description of the API for programs: OpenAPI 3.1, made once from the router's table, the types on the wire and
-//! the schemas of the tools. It answers nothing itself; that it tells the truth is for tests to see, all of which compare
-//! the answers that they get with it.
+//! the schemas of the tools. It answers nothing itself; that it tells the truth is for tests to see, all of which
+//! compare the answers that they get with it.
 
 mod failures;
 mod operation;
@@ -20,10 +20,10 @@ use crate::protocol::rest::{DIRECT_TRANSPORT, ErrorBody, KEY_SUITE, SECURITY_PRO
 use crate::tools::{Tool, forget_widths};
 
 const ABOUT: &str = "Runs commands, keeps processes and moves files on remote machines. Every answer carries \
-    `X-Request-Id`: that of the request where it brought a usable one. An error has a code, which programs go by; those \
-    that an operation may answer are listed with their status. 429 and 503 say with `Retry-After` when another try is \
-    worthwhile. A path that is not here answers 404 `not_found`, a method that is not here 405 `method_not_allowed` with \
-    `Allow`, a head of more than 64 KiB 431.";
+    `X-Request-Id`: that of the request where it brought a usable one. An error has a code, which programs go by; \
+    those that an operation may answer are listed with their status. 429 and 503 say with `Retry-After` when another \
+    try is worthwhile. A path that is not here answers 404 `not_found`, a method that is not here 405 \
+    `method_not_allowed` with `Allow`, a head that is too long 431.";
 
 /// The document as JSON, the same bytes each time.
 pub fn text() -> Bytes {

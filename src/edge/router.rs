@@ -23,7 +23,7 @@ pub enum Envelope {
 pub struct Row {
     /// The route.
     pub route: Route,
-    /// Its name in the table.
+    /// Its name in metrics.
     pub name: &'static str,
     /// One sentence for people.
     pub about: &'static str,
@@ -33,97 +33,106 @@ pub struct Row {
     pub paths: &'static [&'static str],
     /// How its errors are written.
     pub envelope: Envelope,
-    /// Whether answers say where their time went.
-    pub is_timed: bool,
+    /// The door by which a request came whose answer says where its time went.
+    pub timed_door: Option<&'static str>,
 }
 
 /// Makes the routes of the table, so that none is without methods, paths, envelope and sentence.
 macro_rules! table {
     ($(
         #[doc = $about:literal]
-        $name:ident: $($method:ident)+ [$($path:literal)+] $envelope:ident $($timed:ident)?;
+        $route:ident $name:literal $($method:ident)+ [$($path:literal)+] $envelope:ident $($door:literal)?;
     )+) => {
         /// What an API request asks for.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum Route {
-            $(#[doc = $about] $name,)+
+            $(#[doc = $about] $route,)+
+        }
+
+        impl Route {
+            /// Names of all routes in metrics, in the order of the table; the first is that of no route.
+            pub const NAMES: &[&str] = &[Self::NONE, $($name),+];
         }
 
         /// Every endpoint.
         pub static TABLE: &[Row] = &[$(
             Row {
-                route: Route::$name,
-                name: stringify!($name),
+                route: Route::$route,
+                name: $name,
                 about: $about,
                 methods: &[$(Method::$method),+],
                 paths: &[$($path),+],
                 envelope: Envelope::$envelope,
-                is_timed: table!(@ $($timed)?),
+                timed_door: table!(@ $($door)?),
             },
         )+];
     };
-    (@ timed) => { true };
-    (@) => { false };
+    (@ $door:literal) => { Some($door) };
+    (@) => { None };
 }
 
 // WebSocket doors speak plain text where they refuse (connectors-api.md §2.4), those of services a text in JSON (§2.6,
 // §2.7). The older Python client still calls /api/sdk.
 table! {
     /// The environments of a workspace.
-    EnvList: POST ["/api/connectors/envs/list" "/api/sdk/envs/list"] Json timed;
+    EnvList "env_list" POST ["/api/connectors/envs/list" "/api/sdk/envs/list"] Json "rest";
     /// One tool call.
-    ToolCall: POST ["/api/connectors/envs/{name}/tool/call" "/api/sdk/envs/{name}/tool/call"] Json timed;
+    ToolCall "tool_call" POST ["/api/connectors/envs/{name}/tool/call" "/api/sdk/envs/{name}/tool/call"] Json "rest";
     /// The content of a file.
-    FileGet: GET HEAD ["/api/connectors/envs/{name}/files" "/api/sdk/envs/{name}/files"] Json timed;
+    FileGet "file_get" GET HEAD ["/api/connectors/envs/{name}/files" "/api/sdk/envs/{name}/files"] Json "files";
     /// A new content for a file.
-    FilePut: PUT ["/api/connectors/envs/{name}/files" "/api/sdk/envs/{name}/files"] Json timed;
+    FilePut "file_put" PUT ["/api/connectors/envs/{name}/files" "/api/sdk/envs/{name}/files"] Json "files";
     /// The process sessions of a workspace.
-    ProcessList: GET ["/api/connectors/processes" "/api/sdk/processes"] Json timed;
+    ProcessList "process_list" GET ["/api/connectors/processes" "/api/sdk/processes"] Json "processes";
     /// One process session.
-    ProcessShow: GET ["/api/connectors/processes/{sid}" "/api/sdk/processes/{sid}"] Json timed;
+    ProcessShow "process_show" GET ["/api/connectors/processes/{sid}" "/api/sdk/processes/{sid}"] Json "processes";
     /// A process session is ended and forgotten.
-    ProcessForget: DELETE ["/api/connectors/processes/{sid}" "/api/sdk/processes/{sid}"] Json timed;
+    ProcessForget "process_forget" DELETE
+        ["/api/connectors/processes/{sid}" "/api/sdk/processes/{sid}"] Json "processes";
     /// Output of a process session.
-    ProcessOutput: GET ["/api/connectors/processes/{sid}/output" "/api/sdk/processes/{sid}/output"] Json timed;
+    ProcessOutput "process_output" GET
+        ["/api/connectors/processes/{sid}/output" "/api/sdk/processes/{sid}/output"] Json "processes";
     /// A caller attaches to a process session.
-    ProcessAttach: GET ["/api/connectors/processes/{sid}/attach" "/api/sdk/processes/{sid}/attach"] Json;
+    ProcessAttach "process_attach" GET
+        ["/api/connectors/processes/{sid}/attach" "/api/sdk/processes/{sid}/attach"] Json;
     /// Input for a process session.
-    ProcessStdin: POST ["/api/connectors/processes/{sid}/stdin" "/api/sdk/processes/{sid}/stdin"] Json timed;
+    ProcessStdin "process_stdin" POST
+        ["/api/connectors/processes/{sid}/stdin" "/api/sdk/processes/{sid}/stdin"] Json "processes";
     /// A process session is to end.
-    ProcessTerminate: POST
-        ["/api/connectors/processes/{sid}/terminate" "/api/sdk/processes/{sid}/terminate"] Json timed;
+    ProcessTerminate "process_terminate" POST
+        ["/api/connectors/processes/{sid}/terminate" "/api/sdk/processes/{sid}/terminate"] Json "processes";
     /// An executor registers: codex.
-    RegisterCodex: POST ["/cloud/environment/{id}/register" "/cloud/executor/{id}/register"] Json;
+    RegisterCodex "register_codex" POST ["/cloud/environment/{id}/register" "/cloud/executor/{id}/register"] Json;
     /// An executor registers: agentx.
-    RegisterAgentx: POST ["/agentx/environment/{id}/register"] Json;
+    RegisterAgentx "register_agentx" POST ["/agentx/environment/{id}/register"] Json;
     /// An executor registers: codex on its direct transport.
-    RegisterDirect: POST ["/cloud/environment/{id}/direct/register"] Json;
+    RegisterDirect "register_direct" POST ["/cloud/environment/{id}/direct/register"] Json;
     /// An executor asks whether to trust a harness.
-    Validate: POST ["/cloud/environment/{id}/validate" "/cloud/executor/{id}/validate"] Json;
+    Validate "validate" POST ["/cloud/environment/{id}/validate" "/cloud/executor/{id}/validate"] Json;
     /// A harness asks for the way to an encrypted executor.
-    Connect: POST ["/cloud/environment/{id}/connect"] Json;
+    Connect "connect" POST ["/cloud/environment/{id}/connect"] Json;
     /// An executor or a harness opens its socket.
-    Bridge: GET ["/bridge/{id}" "/codex-exec/{id}" "/agentx/{id}"] Text;
+    Bridge "bridge" GET ["/bridge/{id}" "/codex-exec/{id}" "/agentx/{id}"] Text;
     /// A registered executor, or a harness of it, opens its socket.
-    CloudRelay: GET ["/cloud/relay/{registration}"] Text;
+    CloudRelay "cloud_relay" GET ["/cloud/relay/{registration}"] Text;
     /// A service asks who is connected.
-    Connected: GET ["/api/exec-gateway/connected"] Message;
+    Connected "connected" GET ["/api/exec-gateway/connected"] Message;
     /// A service ends a turn.
-    RevokeTurn: POST ["/api/exec-gateway/revoke-turn"] Message;
+    RevokeTurn "revoke_turn" POST ["/api/exec-gateway/revoke-turn"] Message;
     /// A service makes an executor.
-    ExecutorRegister: POST ["/api/codex-exec/register"] Message;
+    ExecutorRegister "executor_register" POST ["/api/codex-exec/register"] Message;
     /// A service deletes an executor.
-    ExecutorDelete: DELETE ["/api/codex-exec/executors/{id}"] Message;
+    ExecutorDelete "executor_delete" DELETE ["/api/codex-exec/executors/{id}"] Message;
     /// A service binds an executor.
-    ExecutorBind: POST ["/api/codex-exec/workspaces/{wid}/executors"] Message;
+    ExecutorBind "executor_bind" POST ["/api/codex-exec/workspaces/{wid}/executors"] Message;
     /// A service lists the executors of a workspace.
-    ExecutorsBound: GET ["/api/codex-exec/workspaces/{wid}/executors"] Message;
+    ExecutorsBound "executors_bound" GET ["/api/codex-exec/workspaces/{wid}/executors"] Message;
     /// A service unbinds an executor.
-    ExecutorUnbind: DELETE ["/api/codex-exec/workspaces/{wid}/executors/{id}"] Message;
+    ExecutorUnbind "executor_unbind" DELETE ["/api/codex-exec/workspaces/{wid}/executors/{id}"] Message;
     /// A message of an MCP client.
-    Mcp: POST ["/mcp" "/v1/mcp"] Rpc timed;
+    Mcp "mcp" POST ["/mcp" "/v1/mcp"] Rpc "mcp";
     /// An MCP client asks how to come by a token.
-    ProtectedResource: GET [
+    ProtectedResource "protected_resource" GET [
         "/.well-known/oauth-protected-resource"
         "/.well-known/oauth-protected-resource/mcp"
         "/.well-known/oauth-protected-resource/v1/mcp"
@@ -131,18 +140,21 @@ table! {
         "/v1/.well-known/oauth-protected-resource"
     ] Json;
     /// A service, or a caller for its own workspace, makes a transfer.
-    TransferCreate: POST ["/api/exec-gateway/relay/create"] Message;
+    TransferCreate "transfer_create" POST ["/api/exec-gateway/relay/create"] Message;
     /// The sending side of a transfer.
-    TransferPut: PUT ["/relay/{ticket}"] Message;
+    TransferPut "transfer_put" PUT ["/relay/{ticket}"] Message;
     /// The receiving side of a transfer.
-    TransferGet: GET ["/relay/{ticket}"] Message;
+    TransferGet "transfer_get" GET ["/relay/{ticket}"] Message;
     /// The gateway is alive.
-    Health: GET HEAD ["/healthz"] Text;
+    Health "health" GET HEAD ["/healthz"] Text;
     /// This description.
-    OpenApi: GET HEAD ["/openapi.json"] Json;
+    OpenApi "openapi" GET HEAD ["/openapi.json"] Json;
 }
 
 impl Route {
+    /// What is no route, in metrics.
+    pub const NONE: &str = "none";
+
     /// What the table says of it.
     pub fn row(self) -> &'static Row {
         // Both are made of the same list.
@@ -255,8 +267,11 @@ mod tests {
     }
 
     #[test]
-    fn every_route_has_its_own_row() {
+    fn every_route_has_its_own_row_and_name() {
         assert!(TABLE.iter().all(|row| std::ptr::eq(row.route.row(), row)));
+        let names: std::collections::BTreeSet<_> = Route::NAMES.iter().collect();
+        assert_eq!(names.len(), 1 + TABLE.len());
+        assert_eq!([Route::EnvList, Route::Mcp].map(|route| route.row().name), ["env_list", "mcp"]);
     }
 
     #[test]

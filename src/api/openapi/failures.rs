@@ -1,5 +1,5 @@
-//! Which errors may come, by what can fail: the statuses and codes that `api::error` and the doors choose, as lists that
-//! operations put together.
+//! Which errors may come, by what can fail: the statuses and codes that `api::error` and the doors choose, as lists
+//! that operations put together.
 
 /// Statuses with their codes.
 pub(super) type Failures = &'static [(u16, &'static str)];

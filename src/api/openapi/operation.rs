@@ -102,7 +102,7 @@ impl Caller {
             }
             Self::ExecutorSignature => json!({
                 "type": "http", "scheme": "AWS4-HMAC-SHA256",
-                "description": "AWS SigV4: the key id is the executor's id, the secret its token; any region and service.",
+                "description": "AWS SigV4: key id is the executor's id, secret its token; any region and service.",
             }),
             Self::ExecutorTicket => key("query", "token", "The ticket in the URL that a register has answered."),
             Self::SharedSecret => {
@@ -294,17 +294,17 @@ impl Operation {
         let responses: Map<String, Value> = operation
             .answers
             .iter()
-            .map(|(status, answer)| (status.to_string(), answer.told(*status, row.is_timed, is_head)))
+            .map(|(status, answer)| (status.to_string(), answer.told(*status, row.timed_door.is_some(), is_head)))
             .collect();
         let mut parameters: Vec<Value> = names.iter().map(|name| self.path_parameter(name)).collect();
         parameters.append(&mut operation.parameters);
         // An alias, and a second method, are operations of their own.
-        let mut id = row.name[..1].to_ascii_lowercase() + &row.name[1..];
+        let mut id = row.name.to_owned();
         if is_head {
-            id.push_str("Head");
+            id.push_str("_head");
         }
         if alias > 0 {
-            id.push_str(&(alias + 1).to_string());
+            id.push_str(&format!("_{}", alias + 1));
         }
         let callers = self.callers.iter().map(|caller| json!({ caller.name(): [] }));
         let mut told = json!({

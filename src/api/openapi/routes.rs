@@ -32,10 +32,10 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
         Route::ToolCall => Operation::new(Tag::Environments, CALLER)
             .says(
                 "What the tool could not do is a result with `isError: true` and status 200; an error means that the \
-                 call did not get that far. After 15 s the status is sent, and a space every 10 s until the result; what \
-                 goes wrong from then on is told in the result, its code in `structuredContent.code`.",
+                 call did not get that far. After 15 s the status is sent, and a space every 10 s until the result; \
+                 what goes wrong from then on is told in the result, its code in `structuredContent.code`.",
             )
-            .header("Idempotency-Key", text(), "Of `exec_command`: a call with the same key gives the process of the first one.")
+            .header("Idempotency-Key", text(), "Of `exec_command`: the same key gives the process of the first call.")
             .takes(&tool_call())
             .answers_json(200, "The tool's result.", tool_result(schemas))
             .fails(&[AUTH, DRAINING, PLACE, BODY, READ_ONLY, CALL, AUDIT, REACH, SESSION, STDIN]),
@@ -54,6 +54,8 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
             .with(416, "Content-Range", "ContentRange")
             .fails(&[RANGE]),
         Route::FilePut => {
+            let content =
+                json!({ "anyOf": [{ "const": "*" }, { "type": "string", "pattern": "^\"[0-9A-Fa-f-]+\"$" }] });
             let written = object(json!({
                 "bytes": { "type": "integer", "minimum": 0 },
                 "sha256": { "type": "string" },
@@ -68,7 +70,7 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
                     "Whether missing directories are made.",
                 )
                 .query("mode", json!({ "type": "string", "pattern": "^[0-7]{1,4}$" }), "Permissions in octal digits.")
-                .header("If-Match", json!({ "anyOf": [{ "const": "*" }, { "type": "string", "pattern": "^\"[0-9A-Fa-f-]+\"$" }] }), "`*`, the `ETag` or the SHA-256 that the file has to have, in quotes.")
+                .header("If-Match", content, "`*`, the `ETag` or the SHA-256 that the file has to have, in quotes.")
                 .header("If-None-Match", json!({ "const": "*" }), "`*`: only a file that is not there is written.")
                 .takes_bytes()
                 .answers_json(200, "The file has another content.", written.clone())
@@ -111,7 +113,7 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
                 "eof": { "type": "boolean" },
             });
             Operation::new(Tag::Processes, CALLER)
-                .says("With `offset`, bytes that were accepted before are left out: the same request may be sent again.")
+                .says("With `offset`, bytes that were accepted before are left out: a request may be sent again.")
                 .may_take(&schemas.request::<StdinBody>())
                 .answers_json(200, "All bytes were accepted.", object(taken))
                 .fails(&[AUTH, DRAINING, BODY, KNOWN_SESSION, READ_ONLY, AUDIT, STDIN, &[(400, "bad_base64")]])
@@ -157,7 +159,8 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
         Route::CloudRelay => socket(),
         Route::Connected => {
             let list = json!({ "type": "array", "items": schemas.answer::<ConnectedExecutor>() });
-            Operation::new(Tag::Services, CALLER).answers_json(200, "Those that are connected.", list).fails(&[AUTH, STORE])
+            let operation = Operation::new(Tag::Services, CALLER);
+            operation.answers_json(200, "Those that are connected.", list).fails(&[AUTH, STORE])
         }
         Route::RevokeTurn => Operation::new(Tag::Services, &[Caller::SharedSecret])
             .takes(&schemas.request::<RevokeTurn>())
@@ -191,7 +194,7 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
         Route::Mcp => Operation::new(Tag::Mcp, CALLER)
             .says("`Accept` has to list `application/json` and `text/event-stream`.")
             .header("Mcp-Session-Id", text(), "The name that `initialize` was answered with.")
-            .header("Mcp-Protocol-Version", json!({ "enum": ProtocolVersion::KNOWN_VERSIONS }), "The revision that was agreed on.")
+            .header("Mcp-Protocol-Version", json!({ "enum": ProtocolVersion::KNOWN_VERSIONS }), "As agreed on.")
             .takes(&json!({
                 "type": "object",
                 "properties": {

@@ -498,6 +498,7 @@ async fn serve_link(
         let Ok(entry) = Box::pin(api.audit.begin(act)).await else { return };
         let place = api.corridor.registry.attach(handle.clone());
         tracing::info!(%executor, "executor connected");
+        api.metrics.links_opened.of([transport.name()]).inc();
         seen(&api, &executor).await;
         let end = match shared {
             None => link::run(socket, handle, outbox).await,

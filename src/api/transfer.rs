@@ -124,6 +124,8 @@ pub async fn put(api: &Arc<Api>, ticket: &str, request: Request<Incoming>) -> Re
         () = right_ends => Err("the credential was revoked".into()),
         moved = source.pour(upload, transfer.bytes_max(), &mut bytes) => moved,
     };
+    api.metrics.transfers_ended.of([if moved.is_ok() { "ok" } else { "failed" }]).inc();
+    api.metrics.transferred.add(bytes);
     Ok(match moved {
         Ok(()) => json(&json!({ "bytes": bytes, "status": "ok" })),
         Err(error) => {

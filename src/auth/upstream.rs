@@ -26,6 +26,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::TokenCounters;
 use crate::config::Secret;
+use crate::ops::metrics::Metrics;
 
 /// Answers are a few hundred bytes; what is longer is not one.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
@@ -88,6 +89,7 @@ pub(super) struct Upstream {
     timeout: Duration,
     permits: Semaphore,
     counters: Arc<TokenCounters>,
+    metrics: Arc<Metrics>,
     last: Mutex<LastQuestion>,
 }
 
@@ -104,6 +106,7 @@ impl Upstream {
         url: &str,
         config: &crate::config::Auth,
         counters: Arc<TokenCounters>,
+        metrics: Arc<Metrics>,
     ) -> Result<Self, UpstreamError> {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
@@ -130,6 +133,7 @@ impl Upstream {
             timeout: Duration::from_secs(config.upstream_timeout_secs),
             permits: Semaphore::new(config.upstream_requests_max.clamp(1, Semaphore::MAX_PERMITS)),
             counters,
+            metrics,
             last: Mutex::default(),
         })
     }
@@ -190,7 +194,11 @@ impl Upstream {
                 answer => answer,
             }
         };
-        self.counted(timeout(self.timeout, exchange).await.unwrap_or(Err(UpstreamError::Timeout)))
+        let asked = Instant::now();
+        let answer = self.counted(timeout(self.timeout, exchange).await.unwrap_or(Err(UpstreamError::Timeout)));
+        let outcome = if answer.is_ok() { "answered" } else { "failed" };
+        self.metrics.upstream_duration.of([outcome]).observe(asked.elapsed());
+        answer
     }
 
     async fn exchange(&self, uri: &Uri, body: Bytes) -> Result<(StatusCode, Bytes), UpstreamError> {

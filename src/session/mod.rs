@@ -31,6 +31,7 @@ use uuid::Uuid;
 use crate::auth::Auth;
 use crate::config;
 use crate::journal::{Append, Full, Journal, JournalError, JournalReader, Limits};
+use crate::ops::metrics::Metrics;
 use crate::protocol::ids::{ExecutorId, SessionId, WorkspaceId};
 use crate::protocol::rpc::{ProcessSignal, Signal};
 use crate::relay::client::{CallError, Client};
@@ -462,6 +463,7 @@ pub struct Sessions {
     store: Store,
     auth: Auth,
     workspaces: Arc<Workspaces>,
+    metrics: Arc<Metrics>,
     entries: DashMap<SessionId, Arc<Session>>,
     /// Bounded by the calls that may be under way, and gone with their reservation.
     starts: Mutex<Starts>,
@@ -487,6 +489,7 @@ impl Sessions {
         store: Store,
         auth: Auth,
         workspaces: Arc<Workspaces>,
+        metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, StoreError> {
         let rows = store.sessions().await?;
         let sessions = Arc::new(Self {
@@ -496,6 +499,7 @@ impl Sessions {
             store,
             auth,
             workspaces,
+            metrics,
             entries: DashMap::new(),
             starts: Mutex::default(),
             session_places: Places::default(),
@@ -706,7 +710,10 @@ impl Sessions {
             Ok((place, on_disk(move || new_journal(&path, limits)).await?))
         };
         match created.await {
-            Ok((place, journal)) => Ok(self.enter(row, request, journal, place, Some(binding))),
+            Ok((place, journal)) => {
+                self.metrics.sessions_started.inc();
+                Ok(self.enter(row, request, journal, place, Some(binding)))
+            }
             Err(error) => {
                 self.store.forget_session(&row.id).await?;
                 Err(error)
@@ -883,6 +890,9 @@ impl Sessions {
                 Relief::Forget(id) => {
                     let Some(session) = self.entries.get(&id).map(|entry| entry.clone()) else { continue };
                     tracing::info!(session = %id, "a finished session gave way to newer output");
+                    let lost = session.journal.totals().iter().map(|stream| stream.bytes - stream.lost_bytes).sum();
+                    self.metrics.session_lost.of(["shared"]).add(lost);
+                    self.metrics.sessions_given_way.inc();
                     if let Err(error) = self.forget(&session).await {
                         tracing::warn!(session = %id, %error, "a finished session could not give way");
                     }

@@ -39,6 +39,11 @@ impl Number {
         self.0.fetch_sub(count, Relaxed);
     }
 
+    /// From the one to the other, for whoever knows a part of it.
+    pub fn change(&self, from: u64, to: u64) {
+        self.add(to.wrapping_sub(from));
+    }
+
     /// As somebody else counts it.
     pub fn set(&self, count: u64) {
         self.0.store(count, Relaxed);

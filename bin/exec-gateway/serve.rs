@@ -15,13 +15,15 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::prelude::*;
 
 use crate::service_manager;
+use crate::spans::{self, Spans};
 
 /// Serves with a valid configuration until SIGTERM or SIGINT, then drains.
 ///
 /// # Errors
 /// The gateway cannot start, or failed while it ran.
 pub fn run(config: Config) -> anyhow::Result<()> {
-    start_logging(config.log_level, config.log_format);
+    // Sends its last spans when it goes, behind the gateway.
+    let _spans = start_logging(config.log_level, config.log_format, config.otlp_endpoint.as_deref())?;
     let open_files_max = raise_open_files();
     let held = service_manager::held_socket().context("the socket given by the service manager cannot be used")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
@@ -77,8 +79,11 @@ fn ready_line(listen: &[SocketAddr], ops: SocketAddr) -> String {
     format!("exec-gateway ready listen={} ops={ops}", listen.join(","))
 }
 
-/// Writes log lines of this program to stderr from now on.
-pub fn start_logging(level: LogLevel, format: LogFormat) {
+/// Writes log lines of this program to stderr from now on, and sends its spans to a collector while the result lives.
+///
+/// # Errors
+/// The address of the collector is of no use.
+pub fn start_logging(level: LogLevel, format: LogFormat, collector: Option<&str>) -> anyhow::Result<Spans> {
     let level = match level {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,
@@ -97,7 +102,9 @@ pub fn start_logging(level: LogLevel, format: LogFormat) {
         LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
         LogFormat::Json => lines.json().boxed(),
     };
-    tracing_subscriber::registry().with(lines.with_filter(targets)).init();
+    let spans = spans::start(collector)?;
+    tracing_subscriber::registry().with(lines.with_filter(targets)).with(spans.layer()).init();
+    Ok(spans)
 }
 
 /// Raises the limit of open files as far as it goes and says how far that is: every executor, harness and caller is an

@@ -134,6 +134,8 @@ async fn way(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Res
     let link = link(api, &binding).await?;
     let registration = link.registration();
     let executor_public_key = public_key(registration).ok_or_else(not_encrypted)?;
+    let asked = act("harness.connect", &principal, &head.headers).at(binding.name().as_str()).on(binding.executor());
+    api.audit.begin(asked).await?.end(Outcome::new("ok"));
     let harness = api.corridor.auth.harness();
     let authorization = harness.mint(workspace.id(), &registration.executor, &registration.id, &key.digest());
     // For our door alone: the authorization is shown to the executor too, and tells nothing about the caller.

@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::server::Server;
-use super::calls::Admitted;
+use super::calls::{Admitted, TOOL_CALL};
 use super::error::ApiError;
 use super::{Api, http_base, json as json_answer, json_line, late, timing};
 use crate::edge::body::{self, Body, BodyError};
@@ -104,7 +104,7 @@ impl Drop for Listed {
 fn client(admitted: &Admitted, headers: &HeaderMap) -> String {
     let name = headers.get(SESSION_ID).map(HeaderValue::as_bytes).unwrap_or_default();
     let name = String::from_utf8_lossy(&name[..name.len().min(SESSION_ID_BYTES_MAX)]);
-    format!("{}\n{}\n{name}", admitted.principal().workspace(), admitted.principal().credential())
+    format!("{}\n{}\n{name}", admitted.principal.workspace(), admitted.principal.credential())
 }
 
 /// A call of that client.
@@ -142,7 +142,7 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     let timing = timing(&request);
     let (head, body) = request.into_parts();
     check_origin(api, &head)?;
-    let admitted = Admitted::known(api, &head.headers, timing.clone()).await;
+    let admitted = Admitted::known(api, TOOL_CALL, &head.headers, timing.clone()).await;
     let mut admitted = admitted.map_err(|refused| challenge(api, &head, refused))?;
     // Without a place a client can still cancel, which makes room.
     let full = admitted.take_place().err();

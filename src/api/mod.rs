@@ -26,6 +26,7 @@ use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::field::Empty;
 
 use self::error::ApiError;
 use crate::admin::Admin;
@@ -39,6 +40,7 @@ use crate::protocol::rest::ErrorBody;
 use crate::relay::harness::AttachedSessions;
 use crate::session::Sessions;
 use crate::timing::Timing;
+use crate::trace;
 use crate::transfer::Transfers;
 use crate::workspace::Corridor;
 use crate::workspace::cache::Workspaces;
@@ -119,11 +121,23 @@ impl Api {
         let request_id = request_id(request.headers());
         // Where the doors find it.
         request.headers_mut().insert(REQUEST_ID, request_id.clone());
+        let trace = trace::of(request.headers());
+        let trace_id = trace.as_ref().map(|trace| trace.trace_id().to_owned()).unwrap_or_default();
         let method = request.method().clone();
         let path = request.uri().path().to_owned();
         let found = self.router.find(&method, &path);
         let envelope = found.as_ref().map_or(Envelope::Json, |(route, _)| route.envelope());
         let (name, door) = found.as_ref().map_or(("none", None), |(route, _)| (route.name(), route.timed_door()));
+        let span = tracing::debug_span!(
+            "request",
+            "otel.name" = name,
+            "otel.kind" = "server",
+            request_id = ?request_id,
+            trace_id,
+            %method,
+            path = public_part(&path),
+            status = Empty,
+        );
         let timing = door.map(|door| Timing::observed(door, self.metrics.clone()));
         if let Some(timing) = &timing {
             request.extensions_mut().insert(timing.clone());
@@ -131,7 +145,8 @@ impl Api {
         let metrics = self.metrics.clone();
         let result = match found {
             Ok((route, parameter)) => {
-                let handled = std::panic::AssertUnwindSafe(self.dispatch(route, parameter, request)).catch_unwind();
+                let work = trace::within(trace, span.clone(), self.dispatch(route, parameter, request));
+                let handled = std::panic::AssertUnwindSafe(work).catch_unwind();
                 handled.await.unwrap_or_else(|_| {
                     metrics.panics.inc();
                     Err(ApiError::internal("the gateway failed at this request"))
@@ -143,9 +158,10 @@ impl Api {
         };
         let mut response = result.unwrap_or_else(|error| {
             // The path only: queries carry tickets and tokens.
-            log(&error, &request_id, &method, &path);
+            log(&error, &request_id, &trace_id, &method, &path);
             render(&error, envelope)
         });
+        span.record("status", response.status().as_u16());
         metrics.http_requests.of([name, class(response.status())]).inc();
         let headers = response.headers_mut();
         headers.insert(REQUEST_ID, request_id);
@@ -204,8 +220,10 @@ impl Api {
     }
 }
 
+const DRAINING: &str = "draining";
+
 fn draining() -> ApiError {
-    ApiError::new(503, "draining", "the gateway is restarting").retry_after(1)
+    ApiError::new(503, DRAINING, "the gateway is restarting").retry_after(1)
 }
 
 /// The class of a status, for metrics.
@@ -236,14 +254,15 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 
 /// What callers get wrong is theirs to know; what the gateway could not do is the operator's as well. The path only:
 /// queries carry tickets and tokens.
-fn log(error: &ApiError, request_id: &HeaderValue, method: &Method, path: &str) {
+fn log(error: &ApiError, request_id: &HeaderValue, trace_id: &str, method: &Method, path: &str) {
     let request_id = request_id.to_str().unwrap_or_default();
     let (status, code, cause) = (error.status(), error.code(), error.cause().unwrap_or_default());
     let path = public_part(path);
-    if status >= 500 {
-        tracing::warn!(request_id, %method, path, status, code, cause, "request failed");
+    // A restart is nothing to look into.
+    if status >= 500 && code != DRAINING {
+        tracing::warn!(request_id, trace_id, %method, path, status, code, cause, "request failed");
     } else {
-        tracing::debug!(request_id, %method, path, status, code, cause, "request refused");
+        tracing::debug!(request_id, trace_id, %method, path, status, code, cause, "request refused");
     }
 }
 

@@ -19,6 +19,7 @@ use exec_gateway_protocol::ids::TokenId;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
+use tracing::Span;
 use zeroize::Zeroizing;
 
 use super::cache::{Digest, DigestCache, Put, lock};
@@ -26,6 +27,7 @@ use super::upstream::Upstream;
 use super::{AuthError, Claims, Clock, CredentialId, Principal, Scopes, TokenCounters};
 use crate::config;
 use crate::store::Store;
+use crate::trace;
 
 /// Different tokens asked for at once, for each of store and validator. Each costs a task and the token; past this
 /// somebody sends junk faster than it can be refused.
@@ -266,11 +268,11 @@ impl Inner {
                     flights.insert(digest, flight.clone());
                     let landing = Landing { inner: self.clone(), digest, own };
                     let token = Zeroizing::new(token.to_owned());
-                    tokio::spawn(async move {
+                    tokio::spawn(trace::within(trace::current(), Span::current(), async move {
                         let answer = landing.inner.check(&digest, &token, own).await;
                         drop(landing);
                         result.send_replace(Some(answer));
-                    });
+                    }));
                     flight
                 }
             }

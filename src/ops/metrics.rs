@@ -332,7 +332,7 @@ table! {
         /// Transfers that wait for a side or carry bytes.
         transfers: gauge;
         /// Transfers whose sides met, by how they ended.
-        transfers_ended: counter { outcome: Words(&["ok", "failed"]) };
+        transfers_ended: counter { outcome: Words(&["ok", "broken_off"]) };
         /// Bytes that transfers carried.
         transferred: counter bytes;
     }

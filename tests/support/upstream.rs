@@ -42,6 +42,7 @@ struct Shared {
     verdicts: Mutex<HashMap<String, Verdict>>,
     to_all: Mutex<Option<Verdict>>,
     asked: Mutex<HashMap<String, usize>>,
+    traces: Mutex<Vec<String>>,
     open: watch::Sender<bool>,
 }
 
@@ -53,6 +54,7 @@ impl Upstream {
             verdicts: Mutex::default(),
             to_all: Mutex::default(),
             asked: Mutex::default(),
+            traces: Mutex::default(),
             open: watch::Sender::new(true),
         });
         let mut upstream = Self { address, shared, server: JoinSet::new(), _place: place };
@@ -102,6 +104,11 @@ impl Upstream {
     }
 
     /// Holds all answers back until [`Self::release`].
+    /// The traces that questions said they belong to.
+    pub fn traces(&self) -> Vec<String> {
+        self.shared.traces.lock().unwrap().clone()
+    }
+
     pub fn hold(&self) {
         self.shared.open.send_replace(false);
     }
@@ -151,6 +158,8 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
     };
     assert_eq!(head.headers["x-internal-secret"], SECRET);
     let credential = credential.as_str().unwrap().to_owned();
+    let trace = head.headers.get("traceparent").map(|trace| trace.to_str().unwrap().to_owned());
+    shared.traces.lock().unwrap().extend(trace);
     *shared.asked.lock().unwrap().entry(credential.clone()).or_default() += 1;
     let _ = shared.open.subscribe().wait_for(|open| *open).await;
     let to_all = shared.to_all.lock().unwrap().clone();

@@ -401,7 +401,7 @@ async fn remember_executors(store: &Store, registry: &Registry, seen_secs: u64) 
 
 /// Lets an operator's change take effect before the operator is answered.
 fn apply(api: &Api, change: &Change) {
-    let revoked = |right| api.metrics.revocations.of([right]).inc();
+    let revoked = |right| api.metrics.revocations.inc([right]);
     match change {
         Change::TokenRevoked(token) => {
             revoked("token");

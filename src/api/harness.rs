@@ -227,7 +227,7 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
             }
         };
         tracing::debug!(executor = %binding.executor(), workspace = %workspace.id(), ?end, "harness socket ended");
-        api.metrics.harnesses_ended.of([end.label()]).inc();
+        api.metrics.harnesses_ended.inc([end.label()]);
         entry.end(outcome(end, socket.passed()));
         socket.close(end).await;
     });

@@ -163,7 +163,7 @@ pub async fn put(api: &Arc<Api>, ticket: &str, request: Request<Incoming>) -> Re
         moved = source.pour(upload, transfer.bytes_max(), &mut bytes) => moved,
     };
     let outcome = if moved.is_ok() { "ok" } else { "broken_off" };
-    api.metrics.transfers_ended.of([outcome]).inc();
+    api.metrics.transfers_ended.inc([outcome]);
     api.metrics.transferred.add(bytes);
     entry.end(Outcome::new(outcome).bytes(bytes, 0));
     Ok(match moved {

@@ -198,7 +198,7 @@ impl Upstream {
         let asked = Instant::now();
         let answer = self.counted(timeout(self.timeout, exchange).await.unwrap_or(Err(UpstreamError::Timeout)));
         let outcome = if answer.is_ok() { "answered" } else { "failed" };
-        self.metrics.upstream_duration.of([outcome]).observe(asked.elapsed());
+        self.metrics.upstream_duration.observe([outcome], asked.elapsed());
         answer
     }
 

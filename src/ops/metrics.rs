@@ -443,9 +443,9 @@ impl Metrics {
 impl Observer for Metrics {
     fn ended(&self, door: &'static str, spent: Spent) {
         for (phase, time) in spent {
-            self.request_phase_duration.of([door, phase.name()]).observe(time);
+            self.request_phase_duration.observe([door, phase.name()], time);
         }
-        self.request_duration.of([door]).observe(spent.iter().map(|(_, time)| *time).sum());
+        self.request_duration.observe([door], spent.iter().map(|(_, time)| *time).sum());
     }
 }
 

@@ -78,7 +78,7 @@ impl Conversation {
                 let shaken = shaken.unwrap_or(Err(HandshakeError::Timeout));
                 if !matches!(shaken, Ok(_) | Err(HandshakeError::Ended(StreamEnd::Disconnected | StreamEnd::Withdrawn)))
                 {
-                    link.metrics().handshakes_failed.of(["client"]).inc();
+                    link.metrics().handshakes_failed.inc(["client"]);
                 }
                 let channel = shaken?;
                 Coding::Records(Arc::new(Mutex::new(channel)))

@@ -382,7 +382,7 @@ impl LinkHandle {
         }
         of.failed += 1;
         of.last_failure = Instant::now();
-        self.0.metrics.handshakes_failed.of(["harness"]).inc();
+        self.0.metrics.handshakes_failed.inc(["harness"]);
     }
 
     /// Bounds the encrypted handshakes of one workspace's harnesses that are under way: of many begun at once only so

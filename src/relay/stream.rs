@@ -85,7 +85,7 @@ impl StreamHandle {
     #[must_use]
     pub fn counted(mut self, kind: StreamKind) -> Self {
         let metrics = self.link.metrics();
-        metrics.streams_opened.of([kind.name()]).inc();
+        metrics.streams_opened.inc([kind.name()]);
         self.open = Some(Held::one(metrics.streams.of([kind.name()])));
         self
     }
@@ -163,7 +163,7 @@ impl StreamHandle {
 impl Drop for StreamHandle {
     fn drop(&mut self) {
         if self.open.is_some() {
-            self.link.metrics().streams_ended.of([self.reason()]).inc();
+            self.link.metrics().streams_ended.inc([self.reason()]);
         }
         // Whoever took the route away has told the executor, or was told by it, and the id may be another's by now.
         if self.link.release(&self.id, self.route) {

@@ -458,7 +458,7 @@ impl Task {
         if let Err(error) = self.save().await {
             tracing::warn!(session = %self.session.id, %error, "the end of a session was not stored");
         }
-        self.sessions.metrics.sessions_ended.of([state.as_str()]).inc();
+        self.sessions.metrics.sessions_ended.inc([state.as_str()]);
         self.session.client.send_replace(None);
         self.session.publish(self.newest());
     }

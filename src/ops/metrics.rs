@@ -3,6 +3,7 @@
 //! `/metrics` prints it, `deploy/METRICS.md` is generated from it, and the dashboard and the alerts in `deploy/` are
 //! compared with it. No label holds an id, a path or a tenant's name.
 
+mod metric;
 mod page;
 mod process;
 mod series;
@@ -13,116 +14,14 @@ use std::sync::Arc;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::metrics::MetricType;
-use prometheus_client::registry::{Registry, Unit as Suffix};
+use prometheus_client::registry::Registry;
 
 use self::Values::{Rule, Words};
+pub use self::metric::{Kind, Label, Metric, Unit, Values};
 use self::series::Series;
 pub use self::series::{By, Held, Number, Times};
 use crate::edge::router::Route;
 use crate::timing::{Observer, Phase, Spent};
-
-/// One row of the table.
-#[derive(Debug)]
-pub struct Metric {
-    /// Under which heading it stands.
-    pub section: &'static str,
-    field: &'static str,
-    /// What it counts.
-    pub kind: Kind,
-    /// In which unit.
-    pub unit: Unit,
-    /// By what it is told apart.
-    pub labels: &'static [Label],
-    help: &'static [&'static str],
-}
-
-/// What a metric is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// Only grows, until the process ends.
-    Counter,
-    /// Goes up and down.
-    Gauge,
-    /// Counts durations by how long they were.
-    Histogram,
-}
-
-/// In which unit a metric is, always the base unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unit {
-    /// Things.
-    None,
-    /// Bytes.
-    Bytes,
-    /// Seconds.
-    Seconds,
-}
-
-/// One label.
-#[derive(Debug)]
-pub struct Label {
-    /// Its name.
-    pub name: &'static str,
-    /// What it may be.
-    pub values: Values,
-}
-
-/// The values of a label: few, and known when the gateway is built.
-#[derive(Debug, Clone, Copy)]
-pub enum Values {
-    /// These.
-    Words(&'static [&'static str]),
-    /// What this sentence says.
-    Rule(&'static str),
-}
-
-impl Values {
-    fn words(self) -> Option<&'static [&'static str]> {
-        match self {
-            Words(words) => Some(words),
-            Rule(_) => None,
-        }
-    }
-}
-
-impl Metric {
-    /// Its name without the ending of its unit and kind.
-    fn stem(&self) -> String {
-        // Those of the process have the names that every program gives them.
-        if self.field.starts_with("process_") { self.field.into() } else { format!("exec_gateway_{}", self.field) }
-    }
-
-    /// Its name as it is scraped; the series of a histogram have further endings.
-    pub fn name(&self) -> String {
-        let unit = match self.unit {
-            Unit::None => "",
-            Unit::Bytes => "_bytes",
-            Unit::Seconds => "_seconds",
-        };
-        let kind = if self.kind == Kind::Counter { "_total" } else { "" };
-        format!("{}{unit}{kind}", self.stem())
-    }
-
-    /// What it says, on one line.
-    pub fn help(&self) -> String {
-        self.help.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")
-    }
-
-    fn print(&self, series: &dyn Series, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let kind = match self.kind {
-            Kind::Counter => MetricType::Counter,
-            Kind::Gauge => MetricType::Gauge,
-            Kind::Histogram => MetricType::Histogram,
-        };
-        let unit = match self.unit {
-            Unit::None => None,
-            Unit::Bytes => Some(Suffix::Bytes),
-            Unit::Seconds => Some(Suffix::Seconds),
-        };
-        series.print(self, &mut encoder.encode_descriptor(&self.stem(), &self.help(), unit.as_ref(), kind)?)
-    }
-}
 
 /// Makes [`Metrics`] and [`TABLE`] of the rows, so that neither has what the other lacks.
 macro_rules! table {

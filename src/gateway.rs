@@ -10,7 +10,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use hyper::Request;
@@ -26,13 +26,13 @@ use crate::api::Api;
 use crate::audit::{self, Audit};
 use crate::auth::{Auth, AuthStartError};
 use crate::config::{Config, NoStateDir};
-use crate::edge::listener::Listener;
+use crate::edge::listener::{Counts, Listener};
 use crate::edge::tls::{Tls, TlsError};
 use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
 use crate::protocol::ids::ExecutorId;
 use crate::registry::Registry;
-use crate::relay::link::CloseReason;
+use crate::relay::link::{CloseReason, LinkHandle};
 use crate::relay::noise::{GatewayIdentity, NoiseError};
 use crate::session::Sessions;
 use crate::store::{RevocationScope, StateLock, Store, StoreError};
@@ -160,7 +160,8 @@ impl Gateway {
         let audit_dir = state_dir.join(audit::DIRECTORY);
         let audit = Audit::open(&audit_dir, config.audit.clone());
         let audit = audit.map_err(|source| StartError::Audit { path: audit_dir, source })?;
-        let auth = Auth::new(store.clone(), &config.auth).await?;
+        let metrics = Arc::new(Metrics::default());
+        let auth = Auth::new(store.clone(), &config.auth, metrics.clone()).await?;
         let registry = Arc::new(Registry::default());
         remember_executors(&store, &registry, config.link.executor_seen_secs).await.map_err(of_store)?;
         let corridor = Arc::new(Corridor {
@@ -176,16 +177,14 @@ impl Gateway {
         });
         let (tls, ops_tls) = (config.tls.api().map(Tls::new).transpose()?, config.tls.ops().map(Tls::new).transpose()?);
         let (tls, ops_tls) = (tls.map(Arc::new), ops_tls.map(Arc::new));
-        let metrics = Arc::new(Metrics::default());
         let workspaces = Arc::new(Workspaces::new(corridor.clone()));
         let sessions = Sessions::restore(
             config.session.clone(),
             config.tools.env_exclude.clone(),
             state_dir.join("sessions"),
-            store.clone(),
-            corridor.auth.clone(),
             workspaces.clone(),
             audit.clone(),
+            metrics.clone(),
         );
         let sessions = sessions.await.map_err(of_store)?;
         let api = Arc::new(Api::new(config.clone(), corridor, workspaces, sessions, metrics.clone(), audit.clone()));
@@ -212,20 +211,22 @@ impl Gateway {
             address: crate::admin::socket_in(&state_dir).display().to_string(),
             source,
         })?;
-        let health = Arc::new(Health {
-            store,
-            metrics: metrics.printer(),
-            read: Box::new(asking(&api, read)),
-            serving: AtomicBool::new(true),
-            troubles: Box::new(asking(&api, troubles)),
-            state: Box::new(asking(&api, overview)),
-        });
-
         let service = {
             let api = api.clone();
             move |request: Request<Incoming>| api.clone().answer(request)
         };
         let listener = Listener::new(config.edge.clone(), tls.clone(), service);
+        let ops_counts = Arc::new(Counts::default());
+        let listeners = [("api", listener.counts.clone()), ("ops", ops_counts.clone())];
+        let health = Arc::new(Health {
+            store,
+            metrics: metrics.printer(),
+            read: Box::new(asking(&api, move |api| read(api, &listeners))),
+            serving: AtomicBool::new(true),
+            troubles: Box::new(asking(&api, troubles)),
+            state: Box::new(asking(&api, overview)),
+        });
+
         let (accepting, acceptors) = (CancellationToken::new(), TaskTracker::new());
         for socket in sockets {
             acceptors.spawn(listener.clone().accept(socket, accepting.clone()));
@@ -233,7 +234,7 @@ impl Gateway {
         let ops_listener = {
             let health = health.clone();
             let service = move |request: Request<Incoming>| health.clone().answer(request);
-            Listener::new(config.edge.clone(), ops_tls.clone(), service)
+            Listener::counted(config.edge.clone(), ops_tls.clone(), service, ops_counts)
         };
         let (ops_accepting, ops_acceptors) = (CancellationToken::new(), TaskTracker::new());
         ops_acceptors.spawn(ops_listener.accept(ops_socket, ops_accepting.clone()));
@@ -399,9 +400,14 @@ async fn remember_executors(store: &Store, registry: &Registry, seen_secs: u64) 
 
 /// Lets an operator's change take effect before the operator is answered.
 fn apply(api: &Api, change: &Change) {
+    let revoked = |right| api.metrics.revocations.inc([right]);
     match change {
-        Change::TokenRevoked(token) => api.corridor.auth.proxy_tokens().forget(token),
+        Change::TokenRevoked(token) => {
+            revoked("token");
+            api.corridor.auth.proxy_tokens().forget(token);
+        }
         Change::ExecutorDeleted(executor) => {
+            revoked("executor");
             api.corridor.registry.forget(executor);
             api.sessions.withdraw(None, Some(executor));
             api.transfers.withdraw(None, Some(executor));
@@ -411,6 +417,7 @@ fn apply(api: &Api, change: &Change) {
             }
         }
         Change::Unbound { workspace, executor } => {
+            revoked("binding");
             api.sessions.withdraw(Some(workspace), Some(executor));
             api.transfers.withdraw(Some(workspace), Some(executor));
             if let Some(workspace) = api.workspaces.peek(workspace) {
@@ -427,6 +434,7 @@ fn apply(api: &Api, change: &Change) {
         }
         Change::KeyRotated { purpose, ring } => api.corridor.auth.use_keys(*purpose, ring.clone()),
         Change::Revoked(revocation) => {
+            revoked(if let RevocationScope::Workspace(_) = &revocation.scope { "workspace" } else { "turn" });
             api.corridor.auth.cap_tokens().apply(revocation);
             if let RevocationScope::Workspace(id) = &revocation.scope {
                 api.sessions.withdraw(Some(id), None);
@@ -537,11 +545,21 @@ fn overview(api: &Api) -> serde_json::Value {
 }
 
 /// Sets the metrics that the parts know themselves.
-fn read(api: &Api) {
-    let (metrics, registry) = (&api.metrics, &api.corridor.registry);
+fn read(api: &Api, listeners: &[(&'static str, Arc<Counts>)]) {
+    let metrics = &api.metrics;
     metrics.read_process();
     metrics.build_info.of([env!("CARGO_PKG_VERSION")]).set(1);
     metrics.tasks.set(tokio::runtime::Handle::current().metrics().num_alive_tasks() as u64);
+
+    metrics.draining.set(api.draining.is_cancelled().into());
+
+    for (listener, counts) in listeners {
+        let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        metrics.connections.of([listener]).set(count(&counts.open));
+        metrics.connections_accepted.of([listener]).set(count(&counts.accepted));
+        metrics.accept_failures.of([listener]).set(count(&counts.accept_failures));
+        metrics.tls_handshakes_failed.of([listener]).set(count(&counts.tls_failures));
+    }
 
     let workspaces = api.workspaces.all();
     metrics.calls_open.set(workspaces.iter().map(|workspace| workspace.calls() as u64).sum());
@@ -550,17 +568,33 @@ fn read(api: &Api) {
     metrics.workspaces_evicted.set(api.workspaces.evicted());
     metrics.transfers.set(api.transfers.len() as u64);
 
-    let links = registry.links();
+    let links = api.corridor.registry.links();
     metrics.links.count(links.iter().map(|link| ([link.registration().transport.name()], 1)));
+    let outboxes: Vec<usize> = links.iter().map(LinkHandle::outbox_frames).collect();
+    let inboxes: Vec<usize> = links.iter().flat_map(LinkHandle::inbox_frames).collect();
+    let sum_and_max =
+        |frames: &[usize]| (frames.iter().sum::<usize>() as u64, frames.iter().max().map_or(0, |max| *max as u64));
+    let ((outbox, outbox_max), (inbox, inbox_max)) = (sum_and_max(&outboxes), sum_and_max(&inboxes));
+    metrics.link_outbox_frames.set(outbox);
+    metrics.link_outbox_frames_max.set(outbox_max);
+    metrics.stream_inbox_frames.set(inbox);
+    metrics.stream_inbox_frames_max.set(inbox_max);
 
     let sessions = api.sessions.all();
     metrics.sessions.count(sessions.iter().map(|session| ([session.status().state.as_str()], 1)));
+    let journals = sessions.iter().map(|session| session.journal());
+    metrics.session_journal.count(
+        journals.flat_map(|journal| [(["memory"], journal.memory_bytes() as u64), (["disk"], journal.disk_bytes())]),
+    );
 
     let tokens = api.corridor.auth.counters().snapshot();
     metrics.token_hits.set(tokens.hits);
     metrics.token_negative_hits.set(tokens.negative_hits);
     metrics.token_misses.set(tokens.misses);
     metrics.token_stale.set(tokens.stale);
+    let (good, refused) = api.corridor.auth.proxy_tokens().remembered();
+    metrics.token_entries.count([(["good"], good as u64), (["refused"], refused as u64)]);
+    metrics.token_evictions.count([(["good"], tokens.positive_evictions), (["refused"], tokens.negative_evictions)]);
     metrics.upstream_requests.set(tokens.upstream_requests);
     metrics.upstream_failures.set(tokens.upstream_failures);
 
@@ -569,5 +603,13 @@ fn read(api: &Api) {
     metrics.audit_missing.set(audit.missing);
     metrics.audit_refused.set(audit.refused);
     metrics.audit.set(audit.bytes);
+    metrics.audit_waiting.set(audit.waiting as u64);
     metrics.audit_failing.set(audit.failing.into());
+
+    let store = api.corridor.store.counts();
+    metrics.store_waiting.set(store.waiting);
+    metrics.store_questions.set(store.questions);
+    metrics.store_failures.set(store.failures);
+    metrics.store_wait.set(store.wait_micros);
+    metrics.store_work.set(store.work_micros);
 }

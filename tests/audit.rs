@@ -392,12 +392,12 @@ async fn cheap(caller: &Caller, request: &str) -> String {
 }
 
 /// Lets files of the daemon grow up to this size, or as they like.
-fn limit_files(daemon: &DaemonProcess, bytes: Option<u64>) {
+pub fn limit_files(daemon: &DaemonProcess, bytes: Option<u64>) {
     let pid = Pid::from_raw(daemon.pid().try_into().unwrap()).unwrap();
     prlimit(Some(pid), Resource::Fsize, Rlimit { current: bytes, maximum: None }).unwrap();
 }
 
-const SMALL_DISK: u64 = 512 * 1024;
+pub const SMALL_DISK: u64 = 512 * 1024;
 
 #[tokio::test]
 async fn a_full_disk_refuses_calls_until_it_takes_records_again_and_costs_none() {

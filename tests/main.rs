@@ -22,6 +22,7 @@ mod links;
 mod matrix;
 mod mcp;
 mod mcp_clients;
+mod metrics;
 mod openapi;
 mod ops;
 mod patch;

@@ -73,6 +73,11 @@ impl Identity {
     }
 }
 
+/// A certificate that nobody has to trust, and its key, in files.
+pub fn self_signed(scratch: &Scratch) -> (PathBuf, PathBuf) {
+    Authority::new().identity("gw.example").write(scratch)
+}
+
 fn pem(certificate: &CertificateDer<'_>) -> String {
     let text = base64::engine::general_purpose::STANDARD.encode(certificate);
     format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")

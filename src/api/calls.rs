@@ -167,8 +167,8 @@ impl Admitted {
             Ok(_) => "ok",
             Err(error) => error.code(),
         };
-        api.metrics.calls.of([tool.name(), outcome]).inc();
-        api.metrics.call_duration.of([tool.name()]).observe(started.elapsed());
+        api.metrics.calls.inc([tool.name(), outcome]);
+        api.metrics.call_duration.observe([tool.name()], started.elapsed());
         result
     }
 }

@@ -155,7 +155,7 @@ pub async fn register(
         Ok(_) => "ok",
         Err(error) => error.code(),
     };
-    api.metrics.registrations.of([outcome]).inc();
+    api.metrics.registrations.inc([outcome]);
     result
 }
 
@@ -496,6 +496,7 @@ async fn serve_link(
         let Ok(entry) = Box::pin(api.audit.begin(act)).await else { return };
         let place = api.corridor.registry.attach(handle.clone());
         tracing::info!(%executor, "executor connected");
+        api.metrics.links_opened.inc([transport.name()]);
         seen(&api, &executor).await;
         let end = match shared {
             None => link::run(socket, handle, outbox).await,
@@ -513,7 +514,7 @@ async fn serve_link(
         drop(place);
         tracing::info!(%executor, ?end, "executor disconnected");
         entry.end(Outcome::new(end_reason(end)));
-        api.metrics.links_ended.of([end_reason(end)]).inc();
+        api.metrics.links_ended.inc([end_reason(end)]);
         seen(&api, &executor).await;
     });
     Ok(response)

@@ -19,6 +19,7 @@ use crate::auth::{AuthError, CredentialId, Principal, bearer};
 use crate::edge::body::{self, Body};
 use crate::edge::peer;
 use crate::edge::upgrade::{self, SocketLimits, SocketStream as HarnessStream};
+use crate::ops::metrics::Held;
 use crate::protocol::frame::StreamId;
 use crate::protocol::harness_token::{HarnessClaims, KeyDigest};
 use crate::protocol::ids::{ExecutorId, WorkspaceId};
@@ -206,6 +207,8 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
         let Some(socket) = socket.await else { return };
         let outbox = Spill::new(&api.corridor.state_dir, &api.corridor.link, api.metrics.clone());
         let mut socket = HarnessSocket::new(socket, outbox);
+        let kind = if key.is_some() { "encrypted" } else { "plain" };
+        let _open = Held::one(api.metrics.harnesses.of([kind]));
         let Admitted { principal, workspace, binding, mut refused } = admitted;
         let served = tokio::select! {
             biased;
@@ -218,12 +221,13 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
             Served::Back(comebacks, next_seq) => {
                 // The task that has the stream serves it from now on. Should that have ended this moment, so does this.
                 let _ = comebacks.try_send(socket.back(next_seq));
+                api.metrics.harness_comebacks.inc();
                 entry.end(Outcome::new("resumed"));
                 return;
             }
         };
         tracing::debug!(executor = %binding.executor(), workspace = %workspace.id(), ?end, "harness socket ended");
-        api.metrics.harnesses_ended.of([end.label()]).inc();
+        api.metrics.harnesses_ended.inc([end.label()]);
         entry.end(outcome(end, socket.passed()));
         socket.close(end).await;
     });

@@ -175,7 +175,7 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     {
         api.mcp_calls.cancel(&call_of(&client, &request_id));
     }
-    api.metrics.mcp_messages.of([method_name(peek.method.as_deref())]).inc();
+    api.metrics.mcp_messages.inc([method_name(peek.method.as_deref())]);
     let begins = peek.method.as_deref() == Some("initialize");
     let id = peek.id.map(|id| id.get().to_owned());
 

@@ -169,7 +169,7 @@ impl Api {
             render(&error, envelope)
         });
         span.record("status", response.status().as_u16());
-        metrics.http_requests.of([name, class(response.status())]).inc();
+        metrics.http_requests.inc([name, class(response.status())]);
         let headers = response.headers_mut();
         headers.insert(REQUEST_ID, request_id);
         if let Some(timing) = timing {

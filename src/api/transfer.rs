@@ -162,7 +162,10 @@ pub async fn put(api: &Arc<Api>, ticket: &str, request: Request<Incoming>) -> Re
         () = right_ends => Err("the credential was revoked".into()),
         moved = source.pour(upload, transfer.bytes_max(), &mut bytes) => moved,
     };
-    entry.end(Outcome::new(if moved.is_ok() { "ok" } else { "broken_off" }).bytes(bytes, 0));
+    let outcome = if moved.is_ok() { "ok" } else { "broken_off" };
+    api.metrics.transfers_ended.inc([outcome]);
+    api.metrics.transferred.add(bytes);
+    entry.end(Outcome::new(outcome).bytes(bytes, 0));
     Ok(match moved {
         Ok(()) => json(&json!({ "bytes": bytes, "status": "ok" })),
         Err(error) => {

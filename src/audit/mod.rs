@@ -27,7 +27,7 @@ mod writer;
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -91,6 +91,8 @@ struct Counts {
     missing: AtomicU64,
     refused: AtomicU64,
     bytes: AtomicU64,
+    /// What the writer has taken and the disk has not.
+    kept: AtomicUsize,
     failing: AtomicBool,
 }
 
@@ -105,6 +107,8 @@ pub struct AuditCounts {
     pub refused: u64,
     /// Bytes of all files.
     pub bytes: u64,
+    /// Beginnings and ends that the writer has not come to.
+    pub waiting: usize,
     /// Whether the disk took nothing when it was last tried.
     pub failing: bool,
 }
@@ -222,6 +226,7 @@ impl Audit {
             missing: counts.missing.load(Relaxed),
             refused: counts.refused.load(Relaxed),
             bytes: counts.bytes.load(Relaxed),
+            waiting: self.0.queue().items.len() + counts.kept.load(Relaxed),
             failing: counts.failing.load(Relaxed),
         }
     }

@@ -148,6 +148,7 @@ impl Writer {
         }
         self.missing += std::mem::take(&mut queue.missing);
         self.waiting.extend(queue.items.drain(..));
+        self.shared.counts.kept.store(self.waiting.len(), Relaxed);
         queue.closing
     }
 
@@ -199,6 +200,7 @@ impl Writer {
         self.append(&lines, position)?;
         let mut seq = position.seq - count as u64;
         self.missing = 0;
+        self.shared.counts.kept.store(self.waiting.len() - count, Relaxed);
         for item in self.waiting.drain(..count) {
             seq += 1;
             match item {
@@ -297,6 +299,7 @@ impl Writer {
                 }
             }
         }
+        self.shared.counts.kept.store(held.len(), Relaxed);
         self.waiting = held;
     }
 }

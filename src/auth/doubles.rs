@@ -121,7 +121,7 @@ impl FakeValidator {
     }
 
     pub(super) fn client(&self, counters: &Arc<TokenCounters>) -> Arc<Upstream> {
-        Arc::new(Upstream::new(&self.url, &self.config(), counters.clone()).unwrap())
+        Arc::new(Upstream::new(&self.url, &self.config(), counters.clone(), Arc::default()).unwrap())
     }
 }
 

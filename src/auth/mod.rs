@@ -34,6 +34,7 @@ use tokio::time::sleep;
 pub use upstream::UpstreamError;
 
 use crate::config;
+use crate::ops::metrics::Metrics;
 use crate::store::{KeyPurpose, Keyring, Revocation, Store, StoreError};
 
 use self::cap_token::CapTokens;
@@ -196,10 +197,13 @@ impl Auth {
     ///
     /// # Errors
     /// [`AuthStartError`] when the store does not answer or the configuration cannot work.
-    pub async fn new(store: Store, config: &config::Auth) -> Result<Self, AuthStartError> {
+    pub async fn new(store: Store, config: &config::Auth, metrics: Arc<Metrics>) -> Result<Self, AuthStartError> {
         let counters = Arc::new(TokenCounters::default());
         let upstream = config.upstream_url.as_deref().filter(|url| !url.is_empty());
-        let upstream = upstream.map(|url| Upstream::new(url, config, counters.clone())).transpose()?.map(Arc::new);
+        let upstream = upstream
+            .map(|url| Upstream::new(url, config, counters.clone(), metrics.clone()))
+            .transpose()?
+            .map(Arc::new);
         let clock = Clock::system();
         let mut keys = HashMap::new();
         for purpose in KeyPurpose::ALL {
@@ -458,7 +462,7 @@ mod tests {
     #[tokio::test]
     async fn the_form_of_a_credential_decides_how_it_is_checked() {
         let dir = crate::store::scratch::ScratchDir::new();
-        let auth = Auth::new(Store::open(dir.path()).unwrap(), &config::Auth::default()).await.unwrap();
+        let auth = Auth::new(Store::open(dir.path()).unwrap(), &config::Auth::default(), Arc::default()).await.unwrap();
         let minted = auth.cap_tokens().for_workspace(&"w".parse().unwrap()).unwrap();
         assert_eq!(auth.principal(minted.expose()).await.unwrap().workspace().as_str(), "w");
         let executor = "exe_1".parse().unwrap();
@@ -476,7 +480,7 @@ mod tests {
     async fn a_validator_that_cannot_be_asked_is_reported_at_start() {
         let dir = crate::store::scratch::ScratchDir::new();
         let config = config::Auth { upstream_url: Some("validator:80".into()), ..config::Auth::default() };
-        let started = Auth::new(Store::open(dir.path()).unwrap(), &config).await;
+        let started = Auth::new(Store::open(dir.path()).unwrap(), &config, Arc::default()).await;
         assert!(matches!(started.err(), Some(AuthStartError::Upstream(UpstreamError::Url))));
     }
 }

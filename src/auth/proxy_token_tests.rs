@@ -272,7 +272,7 @@ async fn an_unreachable_validator_is_unavailable() {
     let url = format!("http://{}", closed.local_addr().unwrap());
     drop(closed);
     let config = rig.validator.config();
-    let upstream = Upstream::new(&url, &config, Arc::default()).unwrap();
+    let upstream = Upstream::new(&url, &config, Arc::default(), Arc::default()).unwrap();
     let auth = ProxyTokenAuth::new(
         rig.store.clone(),
         Some(Arc::new(upstream)),

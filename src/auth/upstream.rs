@@ -26,6 +26,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::TokenCounters;
 use crate::config::Secret;
+use crate::ops::metrics::Metrics;
 use crate::trace;
 
 /// Answers are a few hundred bytes; what is longer is not one.
@@ -89,6 +90,7 @@ pub(super) struct Upstream {
     timeout: Duration,
     permits: Semaphore,
     counters: Arc<TokenCounters>,
+    metrics: Arc<Metrics>,
     last: Mutex<LastQuestion>,
 }
 
@@ -105,6 +107,7 @@ impl Upstream {
         url: &str,
         config: &crate::config::Auth,
         counters: Arc<TokenCounters>,
+        metrics: Arc<Metrics>,
     ) -> Result<Self, UpstreamError> {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
@@ -131,6 +134,7 @@ impl Upstream {
             timeout: Duration::from_secs(config.upstream_timeout_secs),
             permits: Semaphore::new(config.upstream_requests_max.clamp(1, Semaphore::MAX_PERMITS)),
             counters,
+            metrics,
             last: Mutex::default(),
         })
     }
@@ -191,7 +195,11 @@ impl Upstream {
                 answer => answer,
             }
         };
-        self.counted(timeout(self.timeout, exchange).await.unwrap_or(Err(UpstreamError::Timeout)))
+        let asked = Instant::now();
+        let answer = self.counted(timeout(self.timeout, exchange).await.unwrap_or(Err(UpstreamError::Timeout)));
+        let outcome = if answer.is_ok() { "answered" } else { "failed" };
+        self.metrics.upstream_duration.observe([outcome], asked.elapsed());
+        answer
     }
 
     async fn exchange(&self, uri: &Uri, body: Bytes) -> Result<(StatusCode, Bytes), UpstreamError> {

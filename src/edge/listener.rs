@@ -7,7 +7,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -59,12 +59,43 @@ impl Ending {
     }
 }
 
+/// What has become of connections since the start.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Open now.
+    pub open: AtomicU64,
+    /// Accepted.
+    pub accepted: AtomicU64,
+    /// Not accepted, for a reason that is not the connection's own.
+    pub accept_failures: AtomicU64,
+    /// Ended over their TLS handshake.
+    pub tls_failures: AtomicU64,
+}
+
+/// One connection that is open.
+struct Open<'a>(&'a Counts);
+
+impl<'a> Open<'a> {
+    fn new(counts: &'a Counts) -> Self {
+        counts.open.fetch_add(1, Ordering::Relaxed);
+        Self(counts)
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Serves one kind of requests on any number of addresses.
 pub struct Listener<S> {
     settings: config::Edge,
     service: S,
     tls: Option<Arc<Tls>>,
     permits: Arc<Semaphore>,
+    /// Of all its addresses.
+    pub counts: Arc<Counts>,
     /// Every connection task, for shutdown to wait on.
     pub connections: TaskTracker,
     /// Cancelled to finish the answers under way and close.
@@ -78,11 +109,17 @@ where
 {
     /// A listener that answers with `service`, through TLS if there is one.
     pub fn new(settings: config::Edge, tls: Option<Arc<Tls>>, service: S) -> Arc<Self> {
+        Self::counted(settings, tls, service, Arc::default())
+    }
+
+    /// The same that counts its connections there.
+    pub fn counted(settings: config::Edge, tls: Option<Arc<Tls>>, service: S, counts: Arc<Counts>) -> Arc<Self> {
         Arc::new(Self {
             permits: Arc::new(Semaphore::new(settings.connections_max)),
             settings,
             service,
             tls,
+            counts,
             connections: TaskTracker::new(),
             drain: CancellationToken::new(),
         })
@@ -102,14 +139,17 @@ where
             };
             match accepted {
                 Ok((stream, address)) => {
+                    self.counts.accepted.fetch_add(1, Ordering::Relaxed);
                     let listener = self.clone();
                     self.connections.spawn(async move {
+                        let _open = Open::new(&listener.counts);
                         listener.serve(stream, address).await;
                         drop(permit);
                     });
                 }
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
+                    self.counts.accept_failures.fetch_add(1, Ordering::Relaxed);
                     tracing::error!(%error, "accepting a connection failed");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
@@ -139,7 +179,10 @@ where
         tune(&stream, Duration::from_secs(self.settings.tcp_user_timeout_secs));
         let trusted = is_trusted(&self.settings.trusted_proxies, address.ip());
         let peer = Peer { address, tls: self.tls.is_some(), trusted };
-        let Some((stream, certified)) = self.transport(stream).await else { return };
+        let Some((stream, certified)) = self.transport(stream).await else {
+            self.counts.tls_failures.fetch_add(1, Ordering::Relaxed);
+            return;
+        };
 
         let activity = Arc::new(Activity::new(&self.settings));
         let service = {

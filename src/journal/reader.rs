@@ -59,6 +59,16 @@ impl JournalReader {
         self.state().disk_bytes()
     }
 
+    /// Bytes that the tail in memory takes, as its bound counts them.
+    pub fn memory_bytes(&self) -> usize {
+        self.state().tail.bytes()
+    }
+
+    /// Bytes of output that were dropped for want of room since the journal was opened.
+    pub fn dropped_bytes(&self) -> u64 {
+        self.state().dropped_bytes
+    }
+
     /// The sums of all streams, in the order in which they appeared.
     pub fn totals(&self) -> Vec<Totals> {
         self.state().totals()

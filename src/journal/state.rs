@@ -26,6 +26,8 @@ pub(super) struct State {
     /// The file of the newest segment.
     pub(super) current: Option<Arc<File>>,
     opened: VecDeque<(u64, Arc<File>)>,
+    /// Bytes of the segments that were dropped.
+    pub(super) dropped_bytes: u64,
 }
 
 /// What one write brought to the disk, or to memory alone: a new segment or more of the newest, and its records with
@@ -52,7 +54,7 @@ pub(super) enum Place {
 impl State {
     pub(super) fn new(head: Head, limits: Limits) -> Self {
         let tail = Tail::new(head.next_seq, head.offsets(), limits.memory_bytes_max);
-        Self { head, segments: VecDeque::new(), tail, current: None, opened: VecDeque::new() }
+        Self { head, segments: VecDeque::new(), tail, current: None, opened: VecDeque::new(), dropped_bytes: 0 }
     }
 
     /// Moves on to `head`. Without a current file the records are in memory alone.
@@ -201,6 +203,7 @@ impl State {
             return None;
         }
         let dropped = self.segments.pop_front()?;
+        self.dropped_bytes += dropped.end.position(None) - dropped.start.position(None);
         // What is counted as lost is not to be seen again from memory.
         self.tail.drop_before(dropped.next_seq);
         self.opened.retain(|(first_seq, _)| *first_seq != dropped.first_seq);

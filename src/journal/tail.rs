@@ -25,6 +25,11 @@ impl Tail {
         Self { records: VecDeque::new(), first_seq, floor, bytes: 0, bytes_max }
     }
 
+    /// What its records take.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Number of the oldest record, or of the next one to come.
     pub(super) fn first_seq(&self) -> u64 {
         self.first_seq

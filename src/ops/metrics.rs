@@ -3,6 +3,7 @@
 //! `/metrics` prints it, `deploy/METRICS.md` is generated from it, and the dashboard and the alerts in `deploy/` are
 //! compared with it. No label holds an id, a path or a tenant's name.
 
+mod metric;
 mod page;
 mod process;
 mod series;
@@ -13,116 +14,14 @@ use std::sync::Arc;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::metrics::MetricType;
-use prometheus_client::registry::{Registry, Unit as Suffix};
+use prometheus_client::registry::Registry;
 
 use self::Values::{Rule, Words};
+pub use self::metric::{Kind, Label, Metric, Unit, Values};
 use self::series::Series;
 pub use self::series::{By, Held, Number, Times};
 use crate::edge::router::Route;
 use crate::timing::{Observer, Phase, Spent};
-
-/// One row of the table.
-#[derive(Debug)]
-pub struct Metric {
-    /// Under which heading it stands.
-    pub section: &'static str,
-    field: &'static str,
-    /// What it counts.
-    pub kind: Kind,
-    /// In which unit.
-    pub unit: Unit,
-    /// By what it is told apart.
-    pub labels: &'static [Label],
-    help: &'static [&'static str],
-}
-
-/// What a metric is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// Only grows, until the process ends.
-    Counter,
-    /// Goes up and down.
-    Gauge,
-    /// Counts durations by how long they were.
-    Histogram,
-}
-
-/// In which unit a metric is, always the base unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unit {
-    /// Things.
-    None,
-    /// Bytes.
-    Bytes,
-    /// Seconds.
-    Seconds,
-}
-
-/// One label.
-#[derive(Debug)]
-pub struct Label {
-    /// Its name.
-    pub name: &'static str,
-    /// What it may be.
-    pub values: Values,
-}
-
-/// The values of a label: few, and known when the gateway is built.
-#[derive(Debug, Clone, Copy)]
-pub enum Values {
-    /// These.
-    Words(&'static [&'static str]),
-    /// What this sentence says.
-    Rule(&'static str),
-}
-
-impl Values {
-    fn words(self) -> Option<&'static [&'static str]> {
-        match self {
-            Words(words) => Some(words),
-            Rule(_) => None,
-        }
-    }
-}
-
-impl Metric {
-    /// Its name without the ending of its unit and kind.
-    fn stem(&self) -> String {
-        // Those of the process have the names that every program gives them.
-        if self.field.starts_with("process_") { self.field.into() } else { format!("exec_gateway_{}", self.field) }
-    }
-
-    /// Its name as it is scraped; the series of a histogram have further endings.
-    pub fn name(&self) -> String {
-        let unit = match self.unit {
-            Unit::None => "",
-            Unit::Bytes => "_bytes",
-            Unit::Seconds => "_seconds",
-        };
-        let kind = if self.kind == Kind::Counter { "_total" } else { "" };
-        format!("{}{unit}{kind}", self.stem())
-    }
-
-    /// What it says, on one line.
-    pub fn help(&self) -> String {
-        self.help.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")
-    }
-
-    fn print(&self, series: &dyn Series, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let kind = match self.kind {
-            Kind::Counter => MetricType::Counter,
-            Kind::Gauge => MetricType::Gauge,
-            Kind::Histogram => MetricType::Histogram,
-        };
-        let unit = match self.unit {
-            Unit::None => None,
-            Unit::Bytes => Some(Suffix::Bytes),
-            Unit::Seconds => Some(Suffix::Seconds),
-        };
-        series.print(self, &mut encoder.encode_descriptor(&self.stem(), &self.help(), unit.as_ref(), kind)?)
-    }
-}
 
 /// Makes [`Metrics`] and [`TABLE`] of the rows, so that neither has what the other lacks.
 macro_rules! table {
@@ -218,6 +117,14 @@ table! {
     "HTTP" {
         /// Requests by the endpoint that answered and the class of the status; `none` is a path that is no endpoint.
         http_requests: counter { route: Words(Route::NAMES), status: Words(&["1xx", "2xx", "3xx", "4xx", "5xx"]) };
+        /// Connections that are open and still speak HTTP.
+        connections: gauge { listener: LISTENERS };
+        /// Connections that were accepted.
+        connections_accepted: counter { listener: LISTENERS };
+        /// Times that a connection was not accepted, usually for want of a file descriptor.
+        accept_failures: counter { listener: LISTENERS };
+        /// TLS handshakes that failed, or were not finished in time.
+        tls_handshakes_failed: counter { listener: LISTENERS };
         /// Panics of tasks; each ended one connection or one conversation. Every one is a fault of the program.
         panics: counter;
     }
@@ -226,14 +133,48 @@ table! {
         registrations: counter { outcome: Rule("`ok`, or the code of an error") };
         /// Connected executors.
         links: gauge { transport: TRANSPORTS };
+        /// Executor sockets that were taken into use.
+        links_opened: counter { transport: TRANSPORTS };
         /// Executor sockets by how they ended.
         links_ended: counter { outcome: Words(LINK_ENDS) };
-        /// Harness sockets by how they ended.
-        harnesses_ended: counter { outcome: Words(HARNESS_ENDS) };
+        /// Messages of executors, pings and the like included.
+        link_received_frames: counter;
+        /// Messages sent to executors.
+        link_sent_frames: counter;
+        /// Bytes of messages of executors.
+        link_received: counter bytes;
+        /// Bytes of messages to executors.
+        link_sent: counter bytes;
+        /// Frames that wait to be sent to executors, of all links.
+        link_outbox_frames: gauge;
+        /// The same of the link with the most.
+        link_outbox_frames_max: gauge;
         /// Frames dropped as undecodable or misplaced.
         frames_dropped: counter;
+        /// Open streams by what they carry: calls of the gateway's own clients, a process session each, or what a plain
+        /// or an encrypted harness says.
+        streams: gauge { kind: STREAM_KINDS };
+        /// Streams that were opened.
+        streams_opened: counter { kind: STREAM_KINDS };
+        /// Streams by why they ended: closed here, reset by the executor or for a reader that was too slow, the loss of
+        /// their link, or that of the right to it.
+        streams_ended: counter { reason: Words(&["closed", "reset", "overrun", "disconnected", "withdrawn"]) };
+        /// Frames of executors that wait for their readers, of all streams.
+        stream_inbox_frames: gauge;
+        /// The same of the stream with the most.
+        stream_inbox_frames_max: gauge;
+        /// Encrypted handshakes that failed: of the gateway's own clients, or of harnesses.
+        handshakes_failed: counter { by: Words(&["client", "harness"]) };
         /// Streams reset because their reader was too slow.
         streams_overrun: counter;
+        /// Open sockets of harnesses.
+        harnesses: gauge { kind: Words(&["plain", "encrypted"]) };
+        /// Harness sockets by how they ended.
+        harnesses_ended: counter { outcome: Words(HARNESS_ENDS) };
+        /// Harnesses that came back to their own stream on another socket.
+        harness_comebacks: counter;
+        /// What waits for harnesses that were so slow that some of it went to disk, as their bounds count it.
+        spill_held: gauge bytes { place: Words(&["memory", "disk"]) };
         /// Bytes for slow harnesses written to disk.
         spilled: counter bytes;
         /// Frames refused because a harness was too far behind.
@@ -242,6 +183,21 @@ table! {
     "Process sessions" {
         /// Process sessions, ended ones that can still be read included.
         sessions: gauge { state: Words(SESSION_STATES) };
+        /// Process sessions that were begun.
+        sessions_started: counter;
+        /// Process sessions by the state in which they ended.
+        sessions_ended: counter { state: Words(&["exited", "failed", "lost", "unknown"]) };
+        /// Output of process sessions that was journalled.
+        session_output: counter bytes;
+        /// What the journals of process sessions take.
+        session_journal: gauge bytes { place: Words(&["memory", "disk"]) };
+        /// Output that can be read no more: for want of room within the bound of the session itself, or because it gave
+        /// way to others on the disk.
+        session_lost: counter bytes { quota: Words(&["session", "shared"]) };
+        /// Process sessions that were over and forgotten early, to make room on the disk.
+        sessions_given_way: counter;
+        /// Callers that follow a session live.
+        session_followers: gauge { door: Words(&["events", "attach"]) };
     }
     "Credentials" {
         /// Proxy tokens answered from memory.
@@ -252,10 +208,18 @@ table! {
         token_misses: counter;
         /// Proxy tokens believed while the validator upstream failed.
         token_stale: counter;
+        /// Proxy tokens in memory.
+        token_entries: gauge { verdict: VERDICTS };
+        /// Proxy tokens that left memory for want of room.
+        token_evictions: counter { verdict: VERDICTS };
+        /// Rights that operators and services have taken away.
+        revocations: counter { right: Words(&["token", "turn", "workspace", "binding", "executor"]) };
         /// Questions to the validator upstream.
         upstream_requests: counter;
         /// Questions that the validator upstream did not answer.
         upstream_failures: counter;
+        /// How long questions to the validator upstream took.
+        upstream_duration: histogram seconds { outcome: Words(&["answered", "failed"]) };
     }
     "Workspaces and transfers" {
         /// Workspaces in memory.
@@ -266,6 +230,10 @@ table! {
         workspaces_evicted: counter;
         /// Transfers that wait for a side or carry bytes.
         transfers: gauge;
+        /// Transfers whose sides met, by how they ended.
+        transfers_ended: counter { outcome: Words(&["ok", "broken_off"]) };
+        /// Bytes that transfers carried.
+        transferred: counter bytes;
     }
     "Audit" {
         /// Records that were written.
@@ -276,10 +244,26 @@ table! {
         audit_refused: counter;
         /// Size of the audit log on disk.
         audit: gauge bytes;
+        /// Beginnings and ends that wait to be written.
+        audit_waiting: gauge;
         /// Whether the audit log took no record when last tried.
         audit_failing: gauge;
     }
+    "Store" {
+        /// Questions that wait for the store's thread.
+        store_waiting: gauge;
+        /// Questions that were answered.
+        store_questions: counter;
+        /// Questions that were not: the database is locked, its disk fails, or the queue did not move.
+        store_failures: counter;
+        /// Time that questions waited for their turn.
+        store_wait: counter seconds;
+        /// Time that the store worked at questions.
+        store_work: counter seconds;
+    }
     "Process" {
+        /// Whether the gateway stops: it takes no new work.
+        draining: gauge;
         /// The program that runs; always 1.
         build_info: gauge { version: Rule("the version of the program") };
         /// Tasks of the runtime that are alive.
@@ -300,6 +284,10 @@ table! {
         process_start_time: gauge seconds;
     }
 }
+
+const LISTENERS: Values = Words(&["api", "ops"]);
+const STREAM_KINDS: Values = Words(&["call", "session", "plain_harness", "encrypted_harness"]);
+const VERDICTS: Values = Words(&["good", "refused"]);
 
 /// How executors are spoken to.
 const TRANSPORTS: Values = Words(&["noise", "relay", "direct", "agentx"]);
@@ -333,6 +321,18 @@ impl Metrics {
         Printer(registry)
     }
 
+    /// Counts a message of an executor.
+    pub fn received(&self, bytes: usize) {
+        self.link_received_frames.inc();
+        self.link_received.add(bytes as u64);
+    }
+
+    /// Counts a message to an executor.
+    pub fn sent(&self, bytes: usize) {
+        self.link_sent_frames.inc();
+        self.link_sent.add(bytes as u64);
+    }
+
     /// Reads what the system knows of this process.
     pub fn read_process(&self) {
         process::read(self);
@@ -342,9 +342,9 @@ impl Metrics {
 impl Observer for Metrics {
     fn ended(&self, door: &'static str, spent: Spent) {
         for (phase, time) in spent {
-            self.request_phase_duration.of([door, phase.name()]).observe(time);
+            self.request_phase_duration.observe([door, phase.name()], time);
         }
-        self.request_duration.of([door]).observe(spent.iter().map(|(_, time)| *time).sum());
+        self.request_duration.observe([door], spent.iter().map(|(_, time)| *time).sum());
     }
 }
 

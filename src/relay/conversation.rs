@@ -75,7 +75,12 @@ impl Conversation {
             Transport::Noise => {
                 let wait = Duration::from_secs(link.settings().handshake_timeout_secs);
                 let shaken = timeout(wait, shake_hands(&mut stream, identity, authorization)).await;
-                let channel = shaken.map_err(|_| HandshakeError::Timeout)??;
+                let shaken = shaken.unwrap_or(Err(HandshakeError::Timeout));
+                if !matches!(shaken, Ok(_) | Err(HandshakeError::Ended(StreamEnd::Disconnected | StreamEnd::Withdrawn)))
+                {
+                    link.metrics().handshakes_failed.inc(["client"]);
+                }
+                let channel = shaken?;
                 Coding::Records(Arc::new(Mutex::new(channel)))
             }
             Transport::Relay | Transport::Direct | Transport::Agentx => {

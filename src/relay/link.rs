@@ -258,6 +258,21 @@ impl LinkHandle {
         self.routes().streams.len()
     }
 
+    /// Frames that wait to be sent.
+    pub fn outbox_frames(&self) -> usize {
+        self.0.outbox.max_capacity() - self.0.outbox.capacity()
+    }
+
+    /// Frames that wait for the reader of each stream.
+    pub fn inbox_frames(&self) -> Vec<usize> {
+        self.routes().streams.values().map(|route| route.inbox.max_capacity() - route.inbox.capacity()).collect()
+    }
+
+    /// Where what happens on it is counted.
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.0.metrics
+    }
+
     /// Whether the workspace may open another stream right now.
     pub fn has_room(&self, workspace: &WorkspaceId) -> bool {
         self.routes().have_room(workspace, &self.0.settings)
@@ -367,6 +382,7 @@ impl LinkHandle {
         }
         of.failed += 1;
         of.last_failure = Instant::now();
+        self.0.metrics.handshakes_failed.inc(["harness"]);
     }
 
     /// Bounds the encrypted handshakes of one workspace's harnesses that are under way: of many begun at once only so
@@ -642,6 +658,7 @@ where
         };
         let Some(message) = message else { return LinkEnd::Peer };
         link.heard();
+        link.0.metrics.received(message.as_ref().map_or(0, Message::len));
         match message {
             Ok(Message::Binary(wire)) => match desk {
                 Some(desk) => desk.message(wire, link).await,
@@ -733,16 +750,18 @@ where
         let written = tokio::select! {
             () = link.0.stop.cancelled() => break,
             frame = outbox.recv(), if room => match (frame, desk) {
-                (Some(frame), None) => timeout(write_timeout, write_batch(&mut socket, frame, &mut outbox)).await,
+                (Some(frame), None) => {
+                    timeout(write_timeout, write_batch(&mut socket, frame, &mut outbox, &link.0.metrics)).await
+                }
                 (Some(frame), Some(desk)) => {
                     desk.take(frame, link);
-                    timeout(write_timeout, write_messages(&mut socket, desk)).await
+                    timeout(write_timeout, write_messages(&mut socket, desk, &link.0.metrics)).await
                 }
                 (None, _) => break,
             },
             () = due => match desk {
                 Some(desk) if desk.expire() => return LinkEnd::Stalled,
-                Some(desk) => timeout(write_timeout, write_messages(&mut socket, desk)).await,
+                Some(desk) => timeout(write_timeout, write_messages(&mut socket, desk, &link.0.metrics)).await,
                 None => continue,
             },
             _ = ping.tick() => {
@@ -771,7 +790,7 @@ where
             }
         }
         if let Some(desk) = desk {
-            write_messages(&mut socket, desk).await?;
+            write_messages(&mut socket, desk, &link.0.metrics).await?;
         }
         socket.send(Message::Close(Some(reason.frame()))).await
     };
@@ -780,13 +799,20 @@ where
 }
 
 /// Writes the frame and those already waiting behind it, then flushes once.
-async fn write_batch<W>(socket: &mut W, first: Bytes, outbox: &mut mpsc::Receiver<Bytes>) -> Result<(), SocketError>
+async fn write_batch<W>(
+    socket: &mut W,
+    first: Bytes,
+    outbox: &mut mpsc::Receiver<Bytes>,
+    metrics: &Metrics,
+) -> Result<(), SocketError>
 where
     W: Sink<Message, Error = SocketError> + Unpin,
 {
+    metrics.sent(first.len());
     socket.feed(Message::Binary(first)).await?;
     for _ in 1..WRITE_BATCH {
         let Ok(frame) = outbox.try_recv() else { break };
+        metrics.sent(frame.len());
         socket.feed(Message::Binary(frame)).await?;
     }
     socket.flush().await
@@ -794,7 +820,7 @@ where
 
 /// Writes what may be written now to a shared socket, then flushes once. Frames may be long; what is longer than a
 /// frame that executors take goes in several.
-async fn write_messages<W>(socket: &mut W, desk: &Desk) -> Result<(), SocketError>
+async fn write_messages<W>(socket: &mut W, desk: &Desk, metrics: &Metrics) -> Result<(), SocketError>
 where
     W: Sink<Message, Error = SocketError> + Unpin,
 {
@@ -802,6 +828,7 @@ where
     while written < WRITE_BYTES {
         let Some(json) = desk.next_message() else { break };
         written += json.len();
+        metrics.sent(json.len());
         if json.len() <= JSON_FRAME_BYTES_MAX {
             // Our own JSON, or JSON that was read from its bytes.
             let text = Utf8Bytes::try_from(json).map_err(|error| SocketError::Utf8(error.to_string()))?;

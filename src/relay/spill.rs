@@ -86,6 +86,8 @@ struct State {
     unwritable: Option<SpillError>,
     /// What is in the file is lost.
     unreadable: Option<SpillError>,
+    /// What metrics have of it, in memory and on disk.
+    reported: (u64, u64),
 }
 
 #[derive(Default)]
@@ -185,6 +187,10 @@ impl Spill {
         state.fill_head();
         let frame = state.head.pop();
         self.0.read_on(&mut state);
+        // What never was behind is not worth the while.
+        if state.reported != (0, 0) {
+            self.0.report(&mut state);
+        }
         match (&frame, &state.unreadable) {
             (None, Some(lost)) => Err(lost.clone()),
             _ => Ok(frame),
@@ -318,16 +324,36 @@ impl Shared {
         });
     }
 
+    /// Tells metrics what is held.
+    fn report(&self, state: &mut State) {
+        let memory = (state.head.cost + state.batch.cost + state.tail.cost) as u64;
+        let held = (memory, state.stored_cost);
+        let before = std::mem::replace(&mut state.reported, held);
+        self.metrics.spill_held.of(["memory"]).change(before.0, held.0);
+        self.metrics.spill_held.of(["disk"]).change(before.1, held.1);
+    }
+
     /// Does file work beside the runtime. It goes on when nobody waits for it.
     fn begin(self: &Arc<Self>, state: &mut State, job: impl FnOnce(&Self) + Send + 'static) {
         state.busy = true;
         let shared = self.clone();
         tokio::task::spawn_blocking(move || {
             job(&shared);
-            shared.state().busy = false;
+            let mut state = shared.state();
+            state.busy = false;
+            shared.report(&mut state);
+            drop(state);
             shared.read.notify_one();
             shared.room.notify_one();
         });
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let (memory, disk) = self.state().reported;
+        self.metrics.spill_held.of(["memory"]).sub(memory);
+        self.metrics.spill_held.of(["disk"]).sub(disk);
     }
 }
 

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use super::link::{LinkHandle, RouteId};
+use crate::ops::metrics::Held;
 use crate::protocol::frame::{Body, Frame, StreamId};
 
 /// Why a stream carries nothing any more.
@@ -21,6 +22,30 @@ pub enum StreamEnd {
     /// The workspace may reach the executor no more.
     #[error("the right to reach the executor was withdrawn")]
     Withdrawn,
+}
+
+/// What a stream carries, for metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamKind {
+    /// Calls of the gateway's own clients.
+    Call,
+    /// One process session.
+    Session,
+    /// What a plain harness says.
+    PlainHarness,
+    /// The frames of an encrypted one.
+    EncryptedHarness,
+}
+
+impl StreamKind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Call => "call",
+            Self::Session => "session",
+            Self::PlainHarness => "plain_harness",
+            Self::EncryptedHarness => "encrypted_harness",
+        }
+    }
 }
 
 /// A frame that arrived: as read, and as it stood on the wire for those who only hand it on. Both share its bytes.
@@ -42,6 +67,7 @@ pub struct StreamHandle {
     /// Set when the link takes the route away, and has told the executor.
     taken: Arc<OnceLock<StreamEnd>>,
     ended: Option<StreamEnd>,
+    open: Option<Held>,
 }
 
 impl StreamHandle {
@@ -52,7 +78,16 @@ impl StreamHandle {
         inbox: mpsc::Receiver<Delivery>,
         taken: Arc<OnceLock<StreamEnd>>,
     ) -> Self {
-        Self { id, route, link, inbox, taken, ended: None }
+        Self { id, route, link, inbox, taken, ended: None, open: None }
+    }
+
+    /// Counts it among the open streams of its kind until it is dropped.
+    #[must_use]
+    pub fn counted(mut self, kind: StreamKind) -> Self {
+        let metrics = self.link.metrics();
+        metrics.streams_opened.inc([kind.name()]);
+        self.open = Some(Held::one(metrics.streams.of([kind.name()])));
+        self
     }
 
     /// A stream that its holder ends when the workspace's right does, after what it has to say first.
@@ -111,8 +146,25 @@ impl StreamHandle {
     }
 }
 
+impl StreamHandle {
+    /// Why it ends, for metrics.
+    fn reason(&self) -> &'static str {
+        match self.taken.get().copied().or(self.ended) {
+            None => "closed",
+            Some(StreamEnd::Reset) => "reset",
+            Some(StreamEnd::Withdrawn) => "withdrawn",
+            Some(StreamEnd::Disconnected) if self.link.is_ended() => "disconnected",
+            // Its route went while the link stands.
+            Some(StreamEnd::Disconnected) => "overrun",
+        }
+    }
+}
+
 impl Drop for StreamHandle {
     fn drop(&mut self) {
+        if self.open.is_some() {
+            self.link.metrics().streams_ended.inc([self.reason()]);
+        }
         // Whoever took the route away has told the executor, or was told by it, and the id may be another's by now.
         if self.link.release(&self.id, self.route) {
             let reset = Frame { stream_id: self.id.clone(), body: Body::Reset { reason: "closed".into() } };

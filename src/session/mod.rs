@@ -32,13 +32,14 @@ use crate::audit::Audit;
 use crate::auth::Auth;
 use crate::config;
 use crate::journal::{Append, Full, Journal, JournalError, JournalReader, Limits};
+use crate::ops::metrics::Metrics;
 use crate::protocol::ids::{ExecutorId, SessionId, WorkspaceId};
 use crate::protocol::rpc::{ProcessSignal, Signal};
 use crate::relay::client::{CallError, Client};
 use crate::relay::process_tree::end_tree;
 use crate::store::{Binding, Reserved, SessionRow, SessionState, Store, StoreError};
-use crate::workspace::Workspace;
 use crate::workspace::cache::Workspaces;
+use crate::workspace::{Corridor, Workspace};
 
 use self::place::Places;
 use self::quota::{Relief, Usage};
@@ -464,6 +465,7 @@ pub struct Sessions {
     auth: Auth,
     workspaces: Arc<Workspaces>,
     audit: Audit,
+    metrics: Arc<Metrics>,
     entries: DashMap<SessionId, Arc<Session>>,
     /// Bounded by the calls that may be under way, and gone with their reservation.
     starts: Mutex<Starts>,
@@ -486,11 +488,12 @@ impl Sessions {
         settings: config::Sessions,
         env_exclude: Vec<String>,
         directory: PathBuf,
-        store: Store,
-        auth: Auth,
         workspaces: Arc<Workspaces>,
         audit: Audit,
+        metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, StoreError> {
+        let Corridor { store, auth, .. } = &**workspaces.corridor();
+        let (store, auth) = (store.clone(), auth.clone());
         let rows = store.sessions().await?;
         let sessions = Arc::new(Self {
             settings,
@@ -500,6 +503,7 @@ impl Sessions {
             auth,
             workspaces,
             audit,
+            metrics,
             entries: DashMap::new(),
             starts: Mutex::default(),
             session_places: Places::default(),
@@ -710,7 +714,10 @@ impl Sessions {
             Ok((place, on_disk(move || new_journal(&path, limits)).await?))
         };
         match created.await {
-            Ok((place, journal)) => Ok(self.enter(row, request, journal, place, Some(binding))),
+            Ok((place, journal)) => {
+                self.metrics.sessions_started.inc();
+                Ok(self.enter(row, request, journal, place, Some(binding)))
+            }
             Err(error) => {
                 self.store.forget_session(&row.id).await?;
                 Err(error)
@@ -887,6 +894,9 @@ impl Sessions {
                 Relief::Forget(id) => {
                     let Some(session) = self.entries.get(&id).map(|entry| entry.clone()) else { continue };
                     tracing::info!(session = %id, "a finished session gave way to newer output");
+                    let lost = session.journal.totals().iter().map(|stream| stream.bytes - stream.lost_bytes).sum();
+                    self.metrics.session_lost.of(["shared"]).add(lost);
+                    self.metrics.sessions_given_way.inc();
                     if let Err(error) = self.forget(&session).await {
                         tracing::warn!(session = %id, %error, "a finished session could not give way");
                     }

@@ -28,6 +28,7 @@ use crate::protocol::rpc::{EnvPolicy, EnvironmentInfo, ExecutorSessionId, Output
 use crate::relay::client::{CallError, Client, ConnectError, ProcessEvent};
 use crate::relay::process_events::{Happened, ProcessEvents};
 use crate::relay::process_tree::MARK;
+use crate::relay::stream::StreamKind;
 use crate::store::{Binding, SessionState, StoreError};
 use crate::workspace::ReachError;
 
@@ -112,6 +113,8 @@ struct Task {
     restored: bool,
     exit_code: Option<i32>,
     deadline: Option<Instant>,
+    /// Dropped bytes of the journal that are counted.
+    dropped: u64,
 }
 
 /// Runs until the session is over or the gateway stops; in the second case the process lives on at its executor and
@@ -124,8 +127,17 @@ pub(super) async fn run(sessions: Arc<Sessions>, session: Arc<Session>, journal:
     let age = session.created_at.elapsed().unwrap_or_default();
     let deadline = timeout.map(|timeout| Instant::now() + timeout.saturating_sub(age));
     let events = ProcessEvents::after(mark, session.row().exit_seq);
-    let mut task =
-        Task { sessions, session, journal: Some(journal), binding, events, restored, exit_code: None, deadline };
+    let mut task = Task {
+        sessions,
+        session,
+        journal: Some(journal),
+        binding,
+        events,
+        restored,
+        exit_code: None,
+        deadline,
+        dropped: 0,
+    };
     let forgotten = task.session.forgotten.clone();
     let _ended = task.session.task_ended.clone().drop_guard();
     tokio::select! {
@@ -199,7 +211,7 @@ impl Task {
             }
         };
         // Its process is ended over it, also after the right has ended.
-        let stream = workspace.open_own_stream(&binding).await?.ended_by_holder();
+        let stream = workspace.open_own_stream(&binding, StreamKind::Session).await?.ended_by_holder();
         let resume = self.session.row().executor_session.map(|secret| ExecutorSessionId::new(secret.expose()));
         let resumes = resume.is_some();
         let client =
@@ -383,6 +395,7 @@ impl Task {
             return;
         }
         let Some(mut journal) = self.journal.take() else { return };
+        self.sessions.metrics.session_output.add(records.bytes());
         let tty = self.session.request.tty;
         let written = tokio::task::spawn_blocking(move || {
             let result = records.write(&mut journal, tty);
@@ -391,10 +404,17 @@ impl Task {
         // A panic of the journal would end this task with it; the session is then taken up at the next start.
         let Ok((journal, result)) = written.await else { return };
         self.journal = Some(journal);
+        self.count_dropped("session");
         if let Err(error) = result {
             tracing::error!(session = %self.session.id, %error, "output is kept in memory only: the disk failed");
         }
         self.session.publish(self.newest());
+    }
+
+    fn count_dropped(&mut self, quota: &'static str) {
+        let dropped = self.session.journal.dropped_bytes();
+        self.sessions.metrics.session_lost.of([quota]).add(dropped - self.dropped);
+        self.dropped = dropped;
     }
 
     fn newest(&self) -> u64 {
@@ -415,6 +435,7 @@ impl Task {
         });
         let Ok((journal, result)) = synced.await else { return };
         self.journal = Some(journal);
+        self.count_dropped("shared");
         if let Err(error) = result {
             tracing::warn!(session = %self.session.id, %error, "output was not synced to the disk");
         }
@@ -443,6 +464,7 @@ impl Task {
         if let Ok(entry) = self.sessions.audit.begin(act).await {
             entry.end(outcome);
         }
+        self.sessions.metrics.sessions_ended.inc([state.as_str()]);
         self.session.client.send_replace(None);
         self.session.publish(self.newest());
     }
@@ -520,6 +542,12 @@ impl Records {
     /// Chunks up to this number that the executor no longer had.
     fn missing(&mut self, chunks: u64, mark: u64) {
         self.0.push(Record::Missing { chunks, mark });
+    }
+
+    /// Bytes of output in them.
+    fn bytes(&self) -> u64 {
+        let outputs = self.0.iter();
+        outputs.map(|record| if let Record::Output { bytes, .. } = record { bytes.len() as u64 } else { 0 }).sum()
     }
 
     /// The executor's newest number in them; 0 when there are none.

@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use exec_gateway_protocol::ids::{EnvironmentName, ExecutorId, RegistrationId, TokenId, TurnId, UserId, WorkspaceId};
@@ -38,6 +40,30 @@ type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 #[derive(Debug, Clone)]
 pub struct Store {
     jobs: mpsc::Sender<Job>,
+    counts: Arc<Counts>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    questions: AtomicU64,
+    failures: AtomicU64,
+    wait_micros: AtomicU64,
+    work_micros: AtomicU64,
+}
+
+/// What the store has done since the start, and what is before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoreCounts {
+    /// Questions that wait for their turn.
+    pub waiting: u64,
+    /// Questions that were answered.
+    pub questions: u64,
+    /// Questions that ended as `Unavailable`.
+    pub failures: u64,
+    /// How long all together waited, in microseconds.
+    pub wait_micros: u64,
+    /// How long was worked at them, in microseconds.
+    pub work_micros: u64,
 }
 
 impl Store {
@@ -51,7 +77,19 @@ impl Store {
         let (jobs, queue) = mpsc::channel(QUEUE_JOBS_MAX);
         let thread = std::thread::Builder::new().name("store".into());
         thread.spawn(move || serve(connection, queue)).map_err(|error| StoreError::Unavailable(error.into()))?;
-        Ok(Self { jobs })
+        Ok(Self { jobs, counts: Arc::default() })
+    }
+
+    /// What it has done so far.
+    pub fn counts(&self) -> StoreCounts {
+        let Counts { questions, failures, wait_micros, work_micros } = &*self.counts;
+        StoreCounts {
+            waiting: (self.jobs.max_capacity() - self.jobs.capacity()) as u64,
+            questions: questions.load(Relaxed),
+            failures: failures.load(Relaxed),
+            wait_micros: wait_micros.load(Relaxed),
+            work_micros: work_micros.load(Relaxed),
+        }
     }
 
     /// Makes an executor with a new id and binds it, both or neither.
@@ -541,17 +579,29 @@ impl Store {
         let (answer, answered) = oneshot::channel();
         // The clock of std: the thread has no runtime, so a paused clock of a test would not reach it.
         let asked_at = Instant::now();
+        let counts = self.counts.clone();
         let job: Job = Box::new(move |db| {
-            let result = if asked_at.elapsed() > QUEUE_WAIT_MAX {
+            let waited = asked_at.elapsed();
+            let result = if waited > QUEUE_WAIT_MAX {
                 Err(StoreError::Unavailable("the question waited too long for its turn".into()))
             } else {
                 question(db)
             };
+            counts.answered(waited, asked_at.elapsed() - waited, matches!(result, Err(StoreError::Unavailable(_))));
             // The caller may have left; what was asked is done all the same.
             let _ = answer.send(result);
         });
         self.jobs.send(job).await.map_err(|_| StoreError::Unavailable("the store's thread has ended".into()))?;
         answered.await.map_err(|_| StoreError::Unavailable("the question failed inside the store".into()))?
+    }
+}
+
+impl Counts {
+    fn answered(&self, waited: Duration, worked: Duration, failed: bool) {
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        (if failed { &self.failures } else { &self.questions }).fetch_add(1, Relaxed);
+        self.wait_micros.fetch_add(micros(waited), Relaxed);
+        self.work_micros.fetch_add(micros(worked), Relaxed);
     }
 }
 

@@ -27,7 +27,7 @@ use zeroize::Zeroizing;
 
 use crate::config::Secret;
 
-pub use embedded::Store;
+pub use embedded::{Store, StoreCounts};
 pub use lock::StateLock;
 pub use sessions::Reserved;
 

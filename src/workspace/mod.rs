@@ -27,7 +27,7 @@ use crate::relay::client::{Client, ConnectError};
 use crate::relay::conversation::{Conversation, HandshakeError};
 use crate::relay::link::OpenError;
 use crate::relay::noise::GatewayIdentity;
-use crate::relay::stream::StreamHandle;
+use crate::relay::stream::{StreamHandle, StreamKind};
 use crate::store::{Binding, Store, StoreError};
 use crate::tools::{Copies, Tool};
 
@@ -237,8 +237,8 @@ impl Workspace {
     ///
     /// # Errors
     /// As [`Self::open_stream`].
-    pub async fn open_own_stream(&self, binding: &Binding) -> Result<StreamHandle, ReachError> {
-        self.open_stream(&self.own_right()?, binding).await
+    pub async fn open_own_stream(&self, binding: &Binding, kind: StreamKind) -> Result<StreamHandle, ReachError> {
+        self.open(&self.own_right()?, binding, None, kind).await
     }
 
     /// Starts a conversation on a stream of this workspace.
@@ -267,13 +267,13 @@ impl Workspace {
         Client::initialize(conversation, resume, stop).await.map_err(ConnectError::Initialize)
     }
 
-    /// Opens a stream to a bound executor: the only way from a caller to an executor, so rights and bounds are
+    /// Opens a stream of a harness to a bound executor: the only way from a caller to an executor, so rights and bounds are
     /// checked here and nowhere else. An executor that was connected lately is waited for.
     ///
     /// # Errors
     /// [`ReachError`]; nothing has reached the executor then.
     pub async fn open_stream(&self, right: &Principal, binding: &Binding) -> Result<StreamHandle, ReachError> {
-        self.open(right, binding, None).await
+        self.open(right, binding, None, StreamKind::PlainHarness).await
     }
 
     /// The same under an id that the caller has chosen.
@@ -286,7 +286,7 @@ impl Workspace {
         binding: &Binding,
         id: StreamId,
     ) -> Result<StreamHandle, ReachError> {
-        self.open(right, binding, Some(id)).await
+        self.open(right, binding, Some(id), StreamKind::EncryptedHarness).await
     }
 
     async fn open(
@@ -294,6 +294,7 @@ impl Workspace {
         right: &Principal,
         binding: &Binding,
         id: Option<StreamId>,
+        kind: StreamKind,
     ) -> Result<StreamHandle, ReachError> {
         if right.workspace() != &self.id || binding.workspace() != &self.id {
             return Err(ReachError::Refused(CapTokenRefused::Revoked));
@@ -309,7 +310,7 @@ impl Workspace {
                 Some(id) => link.open_stream_as(id.clone(), &self.id),
             };
             match opened {
-                Ok(stream) => return Ok(stream),
+                Ok(stream) => return Ok(stream.counted(kind)),
                 // The link ended between the two: its successor is waited for like any other.
                 Err(OpenError::Disconnected) => {}
                 Err(OpenError::TooManyStreams) => return Err(ReachError::TooManyStreams),

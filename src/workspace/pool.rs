@@ -18,7 +18,7 @@ use crate::protocol::ids::ExecutorId;
 use crate::protocol::rpc::ExecutorSessionId;
 use crate::relay::client::{CallError, Client, ConnectError};
 use crate::relay::conversation::HandshakeError;
-use crate::relay::stream::StreamEnd;
+use crate::relay::stream::{StreamEnd, StreamKind};
 use crate::store::Binding;
 
 /// What a client is used for.
@@ -178,7 +178,7 @@ async fn resume_or_begin(
     let environment = || binding.name().to_string();
     let mut tries = 0;
     loop {
-        let stream = workspace.open_own_stream(binding).await?;
+        let stream = workspace.open_own_stream(binding, StreamKind::Call).await?;
         let error = match workspace.connect(stream, resume.clone(), withdrawn.child_token()).await {
             Ok(client) => return Ok(client),
             Err(error) => error,

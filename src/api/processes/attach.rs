@@ -78,7 +78,7 @@ enum End {
 pub async fn attach(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let query = OutputQuery::parse(api, request.uri().query().unwrap_or_default())?;
     let credential = credential::of_socket(&request)?;
-    let live = Live::admit(api, id, &credential.token).await?;
+    let live = Live::admit(api, "attach", id, &credential.token).await?;
     upgrade::check(request.headers())?;
     let act = in_session("process.attach", &live.principal, request.headers(), &live.session);
     let entry = api.audit.begin(act).await?;

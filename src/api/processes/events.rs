@@ -23,6 +23,7 @@ use crate::api::{Api, credential, write_json};
 use crate::edge::body::{Body, BrokenOff};
 use crate::edge::listener::Ending;
 use crate::journal::Page;
+use crate::ops::metrics::Held;
 use crate::session::view::{Chunk, lost};
 use crate::session::{Place, Session};
 
@@ -43,7 +44,7 @@ pub(super) fn wanted(headers: &HeaderMap) -> bool {
 
 /// `GET …/processes/{sid}/output` with `Accept: text/event-stream`.
 pub(super) async fn output(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let live = Live::admit(api, id, &credential::of_request(&request)?).await?;
+    let live = Live::admit(api, "events", id, &credential::of_request(&request)?).await?;
     let query = OutputQuery::parse(api, request.uri().query().unwrap_or_default())?;
     if query.wish.offset.is_some() || query.head_tail.is_some() {
         return Err(bad_request("events go by number: neither offset nor view"));
@@ -78,7 +79,7 @@ struct Events {
     session: Arc<Session>,
     cut: Shared<BoxFuture<'static, Cut>>,
     follow: Follow,
-    _place: Place,
+    _place: (Place, Held),
 }
 
 impl Events {

@@ -14,6 +14,7 @@ use crate::api::Api;
 use crate::api::error::ApiError;
 use crate::auth::{AuthError, Principal};
 use crate::journal::Page;
+use crate::ops::metrics::Held;
 use crate::session::view::read;
 use crate::session::{Place, Session, Status};
 
@@ -30,7 +31,7 @@ pub(super) struct Live {
     /// Ready when the stream is to end before the session does.
     pub(super) cut: BoxFuture<'static, Cut>,
     /// Kept as long as the stream is open.
-    pub(super) place: Place,
+    pub(super) place: (Place, Held),
 }
 
 /// Why a stream ends before its session.
@@ -49,12 +50,13 @@ impl Live {
     ///
     /// # Errors
     /// [`ApiError`] as on the other doors of a session; 429 `too_many_streams` when no place is left.
-    pub(super) async fn admit(api: &Arc<Api>, id: &str, bearer: &str) -> Result<Self, ApiError> {
+    pub(super) async fn admit(api: &Arc<Api>, door: &'static str, id: &str, bearer: &str) -> Result<Self, ApiError> {
         api.refuse_while_draining()?;
         let revocations = api.corridor.auth.revocations();
         let principal = api.corridor.auth.principal(bearer).await?;
         let session = api.sessions.get(principal.workspace(), id)?;
         let place = api.sessions.open_stream(principal.workspace())?;
+        let place = (place, Held::one(api.metrics.session_followers.of([door])));
         let cut = {
             let (bearer, session) = (Zeroizing::new(bearer.to_owned()), session.clone());
             let (caller, draining) = (principal.clone(), api.draining.clone());

@@ -28,6 +28,8 @@ pub struct Metrics {
     pub spilled_bytes: Counter,
     /// Frames refused because a harness was too far behind.
     pub spill_overruns: Counter,
+    /// Frames for which a harness that was too far behind was waited for, and its link read more slowly.
+    pub spill_waits: Counter,
     /// Panics of connection and link tasks.
     pub panics: Counter,
 }
@@ -89,6 +91,7 @@ impl Metrics {
             "Frames refused because a harness was too far behind",
             self.spill_overruns.clone(),
         );
+        registry.register("spill_waits", "Frames that made a link wait for a slow harness", self.spill_waits.clone());
         registry.register("panics", "Panics of tasks; each ended one connection", self.panics.clone());
         registry.register_collector(Box::new(ReadingsCollector(readings)));
         registry

@@ -1,12 +1,11 @@
 //! The gateway's end of one stream on a link. Dropping it resets the stream, so that an executor never keeps a
 //! conversation nobody listens to.
 
-use std::sync::{Arc, OnceLock};
-
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use super::link::{LinkHandle, RouteId};
+use super::lane::Lane;
+use super::link::LinkHandle;
 use crate::protocol::frame::{Body, Frame, StreamId};
 
 /// Why a stream carries nothing any more.
@@ -35,41 +34,36 @@ pub struct Delivery {
 /// One conversation over a link; made only by `LinkHandle::open_stream`.
 #[derive(Debug)]
 pub struct StreamHandle {
-    id: StreamId,
-    route: RouteId,
-    link: LinkHandle,
+    lane: Lane,
     inbox: mpsc::Receiver<Delivery>,
-    /// Set when the link takes the route away, and has told the executor.
-    taken: Arc<OnceLock<StreamEnd>>,
     ended: Option<StreamEnd>,
 }
 
 impl StreamHandle {
-    pub(super) fn new(
-        id: StreamId,
-        route: RouteId,
-        link: LinkHandle,
-        inbox: mpsc::Receiver<Delivery>,
-        taken: Arc<OnceLock<StreamEnd>>,
-    ) -> Self {
-        Self { id, route, link, inbox, taken, ended: None }
+    pub(super) fn new(lane: Lane, inbox: mpsc::Receiver<Delivery>) -> Self {
+        Self { lane, inbox, ended: None }
     }
 
     /// A stream that its holder ends when the workspace's right does, after what it has to say first.
     #[must_use]
     pub fn ended_by_holder(self) -> Self {
-        self.link.spare(&self.id, self.route);
+        self.link().spare(self.id(), self.lane.route());
         self
     }
 
     /// Its id on the wire.
     pub fn id(&self) -> &StreamId {
-        &self.id
+        self.lane.stream()
     }
 
     /// The link that carries it.
     pub fn link(&self) -> &LinkHandle {
-        &self.link
+        self.lane.link()
+    }
+
+    /// Its place on that link.
+    pub(super) fn lane(&self) -> &Lane {
+        &self.lane
     }
 
     /// Queues one encoded frame; waits while the link's outbox is full. Dropping the future queues nothing.
@@ -78,9 +72,9 @@ impl StreamHandle {
     /// [`StreamEnd::Disconnected`] when the link is gone, [`StreamEnd::Withdrawn`] when the right is.
     pub async fn send(&self, frame: Bytes) -> Result<(), StreamEnd> {
         // A frame after our reset would be taken for the begin of another stream.
-        match self.taken.get() {
+        match self.lane.standing().taken.get() {
             Some(end) => Err(*end),
-            None => self.link.send(frame).await,
+            None => self.lane.send(frame).await,
         }
     }
 
@@ -102,11 +96,14 @@ impl StreamHandle {
         }
         match self.inbox.recv().await {
             Some(Delivery { body: Body::Reset { reason }, .. }) => {
-                tracing::debug!(stream = %self.id, %reason, "executor reset the stream");
+                tracing::debug!(stream = %self.id(), %reason, "executor reset the stream");
                 Err(*self.ended.insert(StreamEnd::Reset))
             }
             Some(delivery) => Ok(delivery),
-            None => Err(*self.ended.insert(self.taken.get().copied().unwrap_or(StreamEnd::Disconnected))),
+            None => {
+                let taken = self.lane.standing().taken.get().copied();
+                Err(*self.ended.insert(taken.unwrap_or(StreamEnd::Disconnected)))
+            }
         }
     }
 }
@@ -114,9 +111,9 @@ impl StreamHandle {
 impl Drop for StreamHandle {
     fn drop(&mut self) {
         // Whoever took the route away has told the executor, or was told by it, and the id may be another's by now.
-        if self.link.release(&self.id, self.route) {
-            let reset = Frame { stream_id: self.id.clone(), body: Body::Reset { reason: "closed".into() } };
-            self.link.send_detached(reset.encode());
+        if self.link().release(self.id(), self.lane.route()) {
+            let reset = Frame { stream_id: self.id().clone(), body: Body::Reset { reason: "closed".into() } };
+            self.link().send_detached(reset.encode());
         }
     }
 }

@@ -465,6 +465,36 @@ async fn a_million_tiny_frames_pass_while_the_neighbours_are_served() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn harnesses_that_are_all_behind_are_waited_for_and_get_all_of_it() {
+    const ROUNDS: u32 = 600;
+    let scene = Scene::with(|config| {
+        // More than what the system's buffers for one socket hold, and those for another do not.
+        (config.link.spill_memory_bytes_max, config.link.spill_bytes_max) = (256 * 1024, 8 * 1024 * 1024);
+    })
+    .await;
+    let mut slow =
+        [scene.harness(&scene.caller, Tongue::Encrypted).await, scene.harness(&scene.caller, Tongue::Encrypted).await];
+    for nth in 0..ROUNDS {
+        for harness in &slow {
+            let payload = [&nth.to_be_bytes()[..], &[0; 60 * 1024]].concat().into();
+            let data = Body::Data(Data { seq: nth + 1, segment_index: 0, segment_count: 1, payload });
+            scene.link.send(frame(&harness.stream, data));
+        }
+    }
+    let metrics = &scene.gateway.gateway.api().metrics;
+    eventually("they are waited for", async || (metrics.spill_waits.get() > 0).then_some(())).await;
+    for nth in 0..ROUNDS {
+        // In step, so that neither catches up while the other is behind.
+        for harness in &mut slow {
+            let Body::Data(data) = Frame::decode(harness.word().await.unwrap()).unwrap().body else { panic!("data") };
+            assert_eq!((data.seq, &data.payload[..4]), (nth + 1, &nth.to_be_bytes()[..]));
+        }
+    }
+    assert_eq!((metrics.spill_overruns.get(), metrics.streams_overrun.get()), (0, 0));
+    assert!(!scene.link.is_ended());
+}
+
 #[tokio::test]
 async fn a_stream_id_in_use_is_refused_and_its_holder_goes_on() {
     let scene = Scene::start().await;

@@ -1,12 +1,15 @@
 //! Harnesses of every kind on the bridge, with the real executor behind it.
 
 use std::collections::{BTreeMap, HashSet};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use exec_gateway::admin::Request;
+use exec_gateway::config::Config;
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, WorkspaceId};
 use serde_json::json;
+use tokio::time::sleep;
 
 use crate::support::{Caller, Harness, MIB, Proxy, Tongue, Workbench, eventually};
 
@@ -102,21 +105,107 @@ async fn a_harness_that_reads_later_gets_all_of_it_and_its_neighbours_wait_for_n
     }
 }
 
+/// A bench where little is put aside for a harness that reads slowly.
+async fn narrow_bench(change: impl FnOnce(&mut Config)) -> Workbench {
+    Workbench::with(|config| {
+        (config.link.spill_memory_bytes_max, config.link.spill_bytes_max) = (MIB / 4, MIB as u64);
+        change(config);
+    })
+    .await
+}
+
+/// Waits until a link is read more slowly for a harness.
+async fn is_waited_for(bench: &Workbench) {
+    let waits = &bench.gateway.gateway.api().metrics.spill_waits;
+    let before = waits.get();
+    eventually("a harness is waited for", async || (waits.get() > before).then_some(())).await;
+}
+
+fn print(mebibytes: usize) -> String {
+    format!("head -c {} /dev/zero | tr '\\0' x", mebibytes * MIB)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_harness_that_is_alone_on_its_link_gets_all_of_it() {
+    // Neither is taken for dead, though the pings of both stand behind what is not read yet.
+    let bench = narrow_bench(|config| (config.link.ping_secs, config.link.dead_secs) = (1, 2)).await;
+    let metrics = &bench.gateway.gateway.api().metrics;
+    for (tongue, mebibytes) in TONGUES.into_iter().zip([68, 24, 24]) {
+        let (mut slow, _) = Harness::initialized(&bench.caller, &bench.credentials.executor, tongue).await;
+        slow.start("p1", &print(mebibytes)).await;
+        is_waited_for(&bench).await;
+        let (mut read, mut closed) = (0, false);
+        while !closed {
+            // Its own pace, and longer than what is taken for death.
+            if read % (mebibytes * MIB / 64) < 8192 {
+                sleep(Duration::from_millis(60)).await;
+            }
+            let message = slow.hear().await.unwrap();
+            if let Some(chunk) = message["params"]["chunk"].as_str() {
+                let bytes = STANDARD.decode(chunk).unwrap();
+                assert!(bytes.iter().all(|byte| *byte == b'x'));
+                read += bytes.len();
+            }
+            closed = message["method"] == "process/closed";
+        }
+        assert_eq!(read, mebibytes * MIB, "{tongue:?}");
+    }
+    assert_eq!(metrics.spill_overruns.get(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_harness_is_waited_for_until_an_idle_neighbour_asks_for_something() {
+    let bench = narrow_bench(|_| {}).await;
+    for tongue in TONGUES {
+        let (mut neighbour, _) = Harness::initialized(&bench.caller, &bench.credentials.executor, tongue).await;
+        assert_eq!(neighbour.run("p1", "echo first").await.0, "first\n");
+        let (mut slow, _) = Harness::initialized(&bench.caller, &bench.credentials.executor, tongue).await;
+        slow.start("p1", "yes").await;
+        is_waited_for(&bench).await;
+        assert_eq!(neighbour.run("p2", "echo second").await.0, "second\n", "{tongue:?}");
+        let farewell = slow.farewell().await;
+        assert_eq!(&*farewell.expect("a farewell").reason, "the harness reads too slowly", "{tongue:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_harness_that_never_reads_is_left_behind_alone() {
-    let bench = Workbench::with(|config| config.link.spill_bytes_max = 4 * MIB as u64).await;
-    let executor = &bench.credentials.executor;
+    let bench = narrow_bench(|_| {}).await;
+    let metrics = &bench.gateway.gateway.api().metrics;
     for tongue in TONGUES {
-        let (mut stopped, _) = Harness::initialized(&bench.caller, executor, tongue).await;
-        let (mut neighbour, _) = Harness::initialized(&bench.caller, executor, tongue).await;
+        let (mut stopped, _) = Harness::initialized(&bench.caller, &bench.credentials.executor, tongue).await;
+        let (mut neighbour, _) = Harness::initialized(&bench.caller, &bench.credentials.executor, tongue).await;
         stopped.start("p1", "yes").await;
-        let metrics = &bench.gateway.gateway.api().metrics;
         let before = metrics.spill_overruns.get();
-        eventually("it is left behind", async || (metrics.spill_overruns.get() > before).then_some(())).await;
-        assert_eq!(neighbour.run("p1", "echo quick").await.0, "quick\n");
+        for nth in 0.. {
+            assert_eq!(neighbour.run(&format!("p{nth}"), "echo quick").await.0, "quick\n");
+            if metrics.spill_overruns.get() > before {
+                break;
+            }
+        }
+        assert_eq!(neighbour.run("last", "echo quick").await.0, "quick\n");
         let farewell = stopped.farewell().await;
         assert_eq!(&*farewell.expect("a farewell").reason, "the harness reads too slowly", "{tongue:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_harness_that_never_reads_and_is_alone_has_the_time_of_a_write() {
+    let bench = narrow_bench(|config| {
+        (config.link.ping_secs, config.link.dead_secs, config.link.comeback_wait_secs) = (1, 2, 0);
+    })
+    .await;
+    let metrics = &bench.gateway.gateway.api().metrics;
+    let silent = metrics.harnesses_ended.of(["silent"]).clone();
+    for (nth, tongue) in (1..).zip(TONGUES) {
+        let (mut stopped, _) = Harness::initialized(&bench.caller, &bench.credentials.executor, tongue).await;
+        stopped.start("p1", "yes").await;
+        is_waited_for(&bench).await;
+        eventually("it is gone", async || (silent.get() == nth).then_some(())).await;
+        let (mut next, _) = Harness::initialized(&bench.caller, &bench.credentials.executor, tongue).await;
+        assert_eq!(next.run("p1", "echo quick").await.0, "quick\n", "{tongue:?}: the link is still there");
+    }
+    assert_eq!(metrics.spill_overruns.get(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -278,7 +278,7 @@ async fn harnesses_that_come_back_and_leave(due) sees [
 
 async fn a_harness_that_does_not_read(due) sees [
     "spilled_bytes_total", "spill_overruns_total", r#"spill_held_bytes{place="memory"}"#,
-    r#"spill_held_bytes{place="disk"}"#, r#"harnesses_ended_total{outcome="overrun"}"#,
+    r#"spill_held_bytes{place="disk"}"#, r#"harnesses_ended_total{outcome="overrun"}"#, "spill_waits_total",
 ] {
     let bench = Workbench::with(|config| config.link.spill_bytes_max = 4 * MIB as u64).await;
     let ops = bench.gateway.gateway.ops();
@@ -290,6 +290,9 @@ async fn a_harness_that_does_not_read(due) sees [
     stopped.start("p1", &command).await;
     watch.sees(&[r#"spill_held_bytes{place="disk"}"#, r#"spill_held_bytes{place="memory"}"#]).await;
     std::fs::write(go, "").unwrap();
+    // It is waited for while it is in nobody's way.
+    watch.sees(&["spill_waits_total"]).await;
+    bench.shell(json!({ "command": "true" })).await;
     watch.sees_all().await;
     drop(stopped);
     eventually("nothing is held for it", async || {

@@ -179,6 +179,8 @@ table! {
         spilled: counter bytes;
         /// Frames refused because a harness was too far behind.
         spill_overruns: counter;
+        /// Frames for which a harness that was too far behind was waited for, and its link read more slowly.
+        spill_waits: counter;
     }
     "Process sessions" {
         /// Process sessions, ended ones that can still be read included.

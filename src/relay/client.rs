@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::conversation::{Conversation, ConversationEnd, HandshakeError};
+use super::lane::{Expected, Lane};
 use crate::protocol::rpc::{
     EnvironmentInfo, ExecutorSessionId, INITIALIZED, Incoming, Initialize, Method, ProcessClosed, ProcessExited,
     ProcessOutput, ProcessOutputPage, ProcessRead, RequestId, RpcError, RpcParseError, encode_notification,
@@ -125,6 +126,7 @@ struct Shared {
     in_flight: Arc<Semaphore>,
     file_handles: Arc<Semaphore>,
     answer_timeout: Duration,
+    lane: Lane,
     stop: CancellationToken,
     ended: CancellationToken,
 }
@@ -141,6 +143,7 @@ struct Waiting {
     sent: bool,
     /// Held until the executor has answered, even when the caller has left: the executor is still at work.
     _permit: OwnedSemaphorePermit,
+    _expected: Expected,
 }
 
 struct Outgoing {
@@ -196,6 +199,7 @@ impl Client {
             in_flight: Arc::new(Semaphore::new(settings.requests_in_flight_max)),
             file_handles: Arc::new(Semaphore::new(handles)),
             answer_timeout: Duration::from_secs(settings.answer_timeout_secs),
+            lane: conversation.sender.lane().clone(),
             stop,
             ended: CancellationToken::new(),
         });
@@ -294,7 +298,8 @@ impl Client {
             }
             calls.next += 1;
             let id = calls.next;
-            calls.waiting.insert(id, Waiting { answer, sent: false, _permit: permit });
+            let _expected = self.shared.lane.expect();
+            calls.waiting.insert(id, Waiting { answer, sent: false, _permit: permit, _expected });
             id
         };
         let json = encode_request(id, method, params, trace::current().as_ref());
@@ -327,7 +332,8 @@ impl Client {
 
     fn subscribe_to(&self, process: &str, sink: Sink) -> Subscription {
         self.shared.processes().insert(process.to_owned(), sink);
-        Subscription { shared: self.shared.clone(), process: process.to_owned() }
+        let _expected = self.shared.lane.expect();
+        Subscription { shared: self.shared.clone(), process: process.to_owned(), _expected }
     }
 }
 
@@ -335,6 +341,7 @@ impl Client {
 pub struct Subscription {
     shared: Arc<Shared>,
     process: String,
+    _expected: Expected,
 }
 
 impl Drop for Subscription {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use tokio::time::timeout;
 
+use super::lane::Lane;
 use super::link::LinkHandle;
 use super::noise::{Channel, Context, GatewayIdentity, NoiseError, Pending, TAG_BYTES};
 use super::stream::{StreamEnd, StreamHandle};
@@ -94,11 +95,10 @@ impl Conversation {
         let limits = EndpointLimits { message_bytes_max, ..EndpointLimits::default() };
         Ok(Self {
             sender: MessageSender {
-                stream: stream.id().clone(),
+                lane: stream.lane().clone(),
                 coding: coding.clone(),
                 endpoint: Endpoint::new(EndpointLimits::default()),
                 payload_bytes_max: link.settings().frame_bytes_max - FRAME_HEAD_BYTES,
-                link,
             },
             receiver: MessageReceiver {
                 stream,
@@ -118,6 +118,7 @@ async fn shake_hands(
 ) -> Result<Channel, HandshakeError> {
     let link = stream.link().clone();
     let _turn = link.handshakes().acquire().await;
+    link.make_way().await;
     let registration = link.registration();
     let context = Context { executor: &registration.executor, registration: &registration.id, stream: stream.id() };
     let (pending, message) = Pending::initiate(identity, &registration.public_key, &context, authorization.as_bytes())?;
@@ -145,8 +146,7 @@ fn lock(channel: &Mutex<Channel>) -> MutexGuard<'_, Channel> {
 
 /// Sends messages to the executor.
 pub struct MessageSender {
-    link: LinkHandle,
-    stream: StreamId,
+    lane: Lane,
     coding: Coding,
     endpoint: Endpoint,
     payload_bytes_max: usize,
@@ -155,12 +155,17 @@ pub struct MessageSender {
 impl MessageSender {
     /// The link that carries the messages.
     pub fn link(&self) -> &LinkHandle {
-        &self.link
+        self.lane.link()
     }
 
     /// The stream that carries them.
     pub fn stream(&self) -> &StreamId {
-        &self.stream
+        self.lane.stream()
+    }
+
+    /// The stream's place on its link.
+    pub(super) fn lane(&self) -> &Lane {
+        &self.lane
     }
 
     /// Sends one message; waits, in turn with all others, while the link has no room. A future that is dropped may have
@@ -175,9 +180,9 @@ impl MessageSender {
                 write_message(&mut plain, json);
                 for record in plain.chunks(RECORD_BYTES_MAX) {
                     let length = record.len() + TAG_BYTES;
-                    let mut frame = data_header(&self.stream, self.endpoint.next_seq()?, length, length);
+                    let mut frame = data_header(self.lane.stream(), self.endpoint.next_seq()?, length, length);
                     lock(channel).seal(record, &mut frame)?;
-                    self.link.send(frame.freeze()).await?;
+                    self.lane.send(frame.freeze()).await?;
                 }
             }
             Coding::Frames => {
@@ -186,7 +191,7 @@ impl MessageSender {
                 for (segment_index, segment) in (0..).zip(segments) {
                     let (seq, payload) = (self.endpoint.next_seq()?, Bytes::copy_from_slice(segment));
                     let body = Body::Data(Data { seq, segment_index, segment_count, payload });
-                    self.link.send(Frame { stream_id: self.stream.clone(), body }.encode()).await?;
+                    self.lane.send(Frame { stream_id: self.lane.stream().clone(), body }.encode()).await?;
                 }
             }
         }

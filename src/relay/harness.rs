@@ -4,6 +4,7 @@
 //! encrypted harness are handed on as they are and cannot be read here; messages of a plain one are, but only what
 //! concerns executor sessions is changed (`gate`).
 
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -141,8 +142,11 @@ impl From<ConversationEnd> for HarnessEnd {
 }
 
 impl From<SpillError> for HarnessEnd {
-    fn from(_: SpillError) -> Self {
-        Self::Overrun
+    fn from(error: SpillError) -> Self {
+        match error {
+            SpillError::Full | SpillError::Disk(_) => Self::Overrun,
+            SpillError::Ended(end) => end.into(),
+        }
     }
 }
 
@@ -375,9 +379,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Source<S> {
 }
 
 /// How messages of the executor are written to the harness.
-struct Writing {
+struct Writing<'a> {
     form: Form,
-    traffic: Arc<Traffic>,
+    traffic: &'a Traffic,
 }
 
 enum Form {
@@ -389,7 +393,7 @@ enum Form {
     Data(StreamId, Endpoint),
 }
 
-impl Writing {
+impl Writing<'_> {
     fn message(&mut self, bytes: Bytes) -> Result<Message, HarnessEnd> {
         let message = match &mut self.form {
             Form::Frame => Message::Binary(bytes),
@@ -512,13 +516,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
         workspace: &WorkspaceId,
         settings: &config::Link,
     ) -> HarnessEnd {
-        let (id, link) = (stream.id().clone(), stream.link().clone());
+        let (id, lane, link) = (stream.id().clone(), stream.lane().clone(), stream.link().clone());
         let Self { sink, source, heard, traffic, outbox, history } = self;
+        outbox.waits_for(&lane);
         let wait = Duration::from_secs(settings.handshake_timeout_secs);
         let turns = async {
             // First that of the workspace: whoever waits for it takes no place of others.
             let of_workspace = link.handshake_turns(workspace).acquire_owned().await?;
-            Ok::<_, AcquireError>((of_workspace, link.handshakes().clone().acquire_owned().await?))
+            let turn = link.handshakes().clone().acquire_owned().await?;
+            link.make_way().await;
+            Ok::<_, AcquireError>((of_workspace, turn))
         };
         let Ok(Ok(turn)) = timeout(wait, turns).await else {
             return HarnessEnd::Unreachable("too many handshakes with this executor");
@@ -546,7 +553,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
                     // An executor answers a second handshake with a reset and keeps the stream.
                     None | Some(Body::Handshake { .. }) => link.drop_frame(),
                     Some(body) => {
-                        link.send(wire).await?;
+                        lane.send(wire).await?;
                         if let Body::Data(data) = body {
                             source.lacks(data.seq.saturating_add(1));
                         }
@@ -563,7 +570,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
                 delivery = stream.receive_frame().await?;
             }
         };
-        let mut writing = Writing { form: Form::Frame, traffic: traffic.clone() };
+        let mut writing = Writing { form: Form::Frame, traffic };
         let words = first_end(upwards, downwards, std::future::pending());
         let end = written(words, write(sink, outbox, &mut writing, history, heard, settings)).await;
         if end.is_of_executor() {
@@ -593,11 +600,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HarnessSocket<S> {
     ) -> HarnessEnd {
         let Self { sink, source, heard, traffic, outbox, history } = self;
         let Conversation { mut sender, mut receiver } = conversation;
+        outbox.waits_for(sender.lane());
         let form = match &framing {
             Framing::Whole => Form::Text,
             Framing::Frames { stream, .. } => Form::Data(stream.clone(), Endpoint::new(EndpointLimits::default())),
         };
-        let mut writing = Writing { form, traffic: traffic.clone() };
+        let mut writing = Writing { form, traffic };
         if let Framing::Frames { received, .. } = &framing {
             source.lacks(received.acknowledgement().0);
         }
@@ -776,7 +784,7 @@ async fn written(
 async fn write<S: AsyncRead + AsyncWrite + Unpin>(
     sink: &mut Sink<S>,
     outbox: &Spill,
-    writing: &mut Writing,
+    writing: &mut Writing<'_>,
     history: &mut Option<History<S>>,
     heard: &Heard,
     settings: &config::Link,
@@ -810,7 +818,8 @@ async fn write<S: AsyncRead + AsyncWrite + Unpin>(
                     timeout(dead, async { Ok(sink.send(Message::Ping(Bytes::new())).await?) }).await
                 }
                 next = outbox.pop(), if !broken => {
-                    timeout(dead, write_batch(sink, next?, outbox, writing, sent.as_deref_mut())).await
+                    let (next, traffic) = (next?, writing.traffic);
+                    Ok(while_taken(traffic, dead, write_batch(sink, next, outbox, writing, sent.as_deref_mut())).await)
                 }
             }
             .unwrap_or(Err(HarnessEnd::Silent))
@@ -834,6 +843,29 @@ async fn write<S: AsyncRead + AsyncWrite + Unpin>(
             // The reading half finds out whether the harness comes back.
             Err(HarnessEnd::Peer) if history.is_some() => broken = true,
             written => written?,
+        }
+        if outbox.is_behind() && !broken {
+            // Its socket is full, so what was written was room that it had made by reading. Its pongs may be long in
+            // coming: our pings stand behind all that it has not read.
+            heard.now();
+        }
+    }
+}
+
+/// Waits for a write as long as the harness goes on taking messages, however slowly; one that takes none for so long is
+/// gone.
+async fn while_taken(
+    traffic: &Traffic,
+    dead: Duration,
+    write: impl Future<Output = Result<(), HarnessEnd>>,
+) -> Result<(), HarnessEnd> {
+    let mut write = pin!(write);
+    loop {
+        let before = traffic.frames_out.load(Ordering::Relaxed);
+        match timeout(dead, &mut write).await {
+            Ok(written) => return written,
+            Err(_) if traffic.frames_out.load(Ordering::Relaxed) > before => {}
+            Err(_) => return Err(HarnessEnd::Silent),
         }
     }
 }
@@ -866,7 +898,7 @@ async fn write_batch<S: AsyncRead + AsyncWrite + Unpin>(
     sink: &mut Sink<S>,
     first: Bytes,
     outbox: &Spill,
-    writing: &mut Writing,
+    writing: &mut Writing<'_>,
     mut sent: Option<&mut Sent>,
 ) -> Result<(), HarnessEnd> {
     let mut next = Some(first);
@@ -887,7 +919,7 @@ async fn write_batch<S: AsyncRead + AsyncWrite + Unpin>(
 async fn flush<S: AsyncRead + AsyncWrite + Unpin>(
     sink: &mut Sink<S>,
     outbox: &Spill,
-    writing: &mut Writing,
+    writing: &mut Writing<'_>,
     last: Option<Bytes>,
 ) {
     let flushing = async {

@@ -18,6 +18,7 @@ use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::yield_now;
+use tokio::time::error::Elapsed;
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::ProtocolError;
@@ -27,6 +28,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Data as
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message, Utf8Bytes};
 use tokio_util::sync::CancellationToken;
 
+use super::lane::{Lane, Refusal, Standing, Waits};
 use super::shared::Shared as Session;
 use super::stream::{Delivery, StreamEnd, StreamHandle};
 use crate::config;
@@ -138,8 +140,9 @@ struct Shared {
     /// Encrypted handshakes of harnesses, by workspace. Bounded by the workspaces bound to the executor.
     harness_handshakes: Mutex<HashMap<WorkspaceId, HarnessHandshakes>>,
     opened: Instant,
-    /// Milliseconds from `opened` to the last byte of the executor.
+    /// When the last byte of the executor came, as `now_ms` tells it.
     heard_ms: AtomicU64,
+    waits: Waits,
     pongs: watch::Sender<u64>,
     ping: Notify,
     stop: CancellationToken,
@@ -174,7 +177,7 @@ struct Route {
     id: RouteId,
     workspace: WorkspaceId,
     inbox: mpsc::Sender<Delivery>,
-    taken: Arc<OnceLock<StreamEnd>>,
+    standing: Arc<Standing>,
     by_holder: bool,
 }
 
@@ -220,6 +223,7 @@ impl LinkHandle {
             routes: Mutex::default(),
             opened: Instant::now(),
             heard_ms: AtomicU64::new(0),
+            waits: Waits::default(),
             pongs: watch::Sender::new(0),
             ping: Notify::new(),
             stop: CancellationToken::new(),
@@ -317,10 +321,10 @@ impl LinkHandle {
         routes.next += 1;
         let route = RouteId(routes.next);
         *routes.per_workspace.entry(workspace.clone()).or_default() += 1;
-        let taken = Arc::new(OnceLock::new());
-        let entry = Route { id: route, workspace: workspace.clone(), inbox, taken: taken.clone(), by_holder: false };
-        routes.streams.insert(id.clone(), entry);
-        Ok(StreamHandle::new(id, route, self.clone(), receiver, taken))
+        let standing = Arc::<Standing>::default();
+        let lane = Lane::new(self.clone(), id.clone(), route, standing.clone());
+        routes.streams.insert(id, Route { id: route, workspace: workspace.clone(), inbox, standing, by_holder: false });
+        Ok(StreamHandle::new(lane, receiver))
     }
 
     /// Whether the link has ended or is about to: no stream should be opened on it.
@@ -328,13 +332,39 @@ impl LinkHandle {
         self.0.stop.is_cancelled()
     }
 
-    /// Whether the executor answers a ping within `wait`.
+    /// Whether the executor answers a ping within `wait`. The answer comes behind all that the executor said before, so no
+    /// reader is waited for meanwhile.
     pub async fn answers(&self, wait: Duration) -> bool {
+        let _pressing = self.0.waits.press();
         let mut pongs = self.0.pongs.subscribe();
         self.0.ping.notify_one();
         tokio::select! {
             changed = timeout(wait, pongs.changed()) => matches!(changed, Ok(Ok(()))),
             () = self.0.stop.cancelled() => false,
+        }
+    }
+
+    /// Waits until the executor of a link that was read more slowly has got rid of what it had to say: an encrypted one ends
+    /// its socket when the answer to a handshake finds its queue full. No reader is waited for meanwhile.
+    pub(super) async fn make_way(&self) {
+        let waits = &self.0.waits;
+        if !waits.is_crowded() {
+            return;
+        }
+        let _pressing = waits.press();
+        let mut pongs = self.0.pongs.subscribe();
+        loop {
+            let before = waits.stale();
+            self.0.ping.notify_one();
+            tokio::select! {
+                _ = pongs.changed() => {}
+                () = self.0.stop.cancelled() => return,
+            }
+            // The way of a ping and its pong without one frame for those who were let go: none are left.
+            if waits.stale() == before && !waits.is_paused() {
+                waits.cleared();
+                return;
+            }
         }
     }
 
@@ -407,11 +437,12 @@ impl LinkHandle {
             routes.streams.iter().filter(of_workspace).map(|(id, route)| (id.clone(), route.id)).collect();
         for (id, route) in &ended {
             if let Some(route) = routes.streams.get(id) {
-                let _ = route.taken.set(StreamEnd::Withdrawn);
+                let _ = route.standing.taken.set(StreamEnd::Withdrawn);
             }
             routes.remove(id, *route);
         }
         drop(routes);
+        self.0.waits.look();
         for (stream_id, _) in ended {
             self.send_detached(Frame { stream_id, body: Body::Reset { reason: "withdrawn".into() } }.encode());
         }
@@ -434,23 +465,60 @@ impl LinkHandle {
         self.0.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether, and what for, the link may not be read more slowly for the sake of a stream.
+    pub(super) fn refusal(&self, stream: &StreamId, route: RouteId, standing: &Standing) -> Option<Refusal> {
+        let (routes, now_ms) = (self.routes(), self.now_ms());
+        if let Some(end) = standing.taken.get().copied().or(routes.closed.then_some(StreamEnd::Disconnected)) {
+            return Some(Refusal::Ended(end));
+        }
+        // Of a stream that its executor has ended nothing more comes, so nobody waits.
+        let is_open = routes.streams.get(stream).is_some_and(|open| open.id == route);
+        let mut others = routes.streams.values().filter(|other| other.id != route);
+        (is_open && others.any(|other| other.standing.is_held_up_by(standing, now_ms))).then_some(Refusal::HoldsUp)
+    }
+
+    /// Whether the link is read more slowly for the sake of a stream.
+    fn waits_for(&self, stream: &StreamId) -> bool {
+        self.routes().streams.get(stream).is_some_and(|route| route.standing.waits())
+    }
+
+    /// The same while every other stream is behind, or there is none.
+    fn waits_alone(&self, stream: &StreamId) -> bool {
+        let others_behind =
+            |routes: &Routes| routes.streams.iter().all(|(other, route)| other == stream || route.standing.is_behind());
+        self.waits_for(stream) && others_behind(&self.routes())
+    }
+
+    /// What streams and the link's task know of each other.
+    pub(super) fn waits(&self) -> &Waits {
+        &self.0.waits
+    }
+
+    /// Milliseconds since the link was opened, and one more.
+    pub(super) fn now_ms(&self) -> u64 {
+        u64::try_from(self.0.opened.elapsed().as_millis()).map_or(u64::MAX >> 1, |elapsed| elapsed + 1)
+    }
+
     fn heard(&self) {
-        let elapsed = u64::try_from(self.0.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.0.heard_ms.store(elapsed, Ordering::Relaxed);
+        self.0.heard_ms.store(self.now_ms(), Ordering::Relaxed);
     }
 
-    /// How long nothing was heard of the executor.
+    /// How long nothing was heard of the executor while it was listened to.
     pub fn silence(&self) -> Duration {
-        let heard = Duration::from_millis(self.0.heard_ms.load(Ordering::Relaxed));
-        self.0.opened.elapsed().saturating_sub(heard)
+        if self.0.waits.is_paused() {
+            return Duration::ZERO;
+        }
+        Duration::from_millis(self.now_ms().saturating_sub(self.0.heard_ms.load(Ordering::Relaxed)))
     }
 
-    fn shut(&self) {
+    pub(super) fn shut(&self) {
         let mut routes = self.routes();
         routes.closed = true;
         routes.streams.clear();
         routes.per_workspace.clear();
+        drop(routes);
         self.0.stop.cancel();
+        self.0.waits.look();
     }
 }
 
@@ -696,24 +764,26 @@ where
 }
 
 /// Hands a frame to its stream. Clients wait for nobody, and the task of a harness puts aside what it cannot write yet,
-/// so a full inbox means a moment's work; one that stays full is reset rather than allowed to hold up its neighbours.
+/// so a full inbox means a moment's work, or a stream that the link is read more slowly for.
 async fn deliver(frame: Frame, wire: Bytes, link: &LinkHandle) {
     let (inbox, route) = {
         let routes = link.routes();
         let Some(route) = routes.streams.get(&frame.stream_id) else {
             // Frames that were under way when we reset the stream.
+            link.0.waits.dropped();
             return;
         };
+        route.standing.heard(link.0.heard_ms.load(Ordering::Relaxed));
+        if !route.standing.is_behind() {
+            link.0.waits.look();
+        }
         (route.inbox.clone(), route.id)
     };
     let Frame { stream_id, body } = frame;
     let ended = matches!(body, Body::Reset { .. });
     let full = match inbox.try_send(Delivery { body, wire }) {
         Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => false,
-        Err(mpsc::error::TrySendError::Full(delivery)) => {
-            let wait = Duration::from_secs(link.0.settings.write_timeout_secs);
-            matches!(inbox.send_timeout(delivery, wait).await, Err(mpsc::error::SendTimeoutError::Timeout(_)))
-        }
+        Err(mpsc::error::TrySendError::Full(delivery)) => !waited_for(inbox, delivery, &stream_id, link).await,
     };
     if full {
         link.0.metrics.streams_overrun.inc();
@@ -723,6 +793,28 @@ async fn deliver(frame: Frame, wire: Bytes, link: &LinkHandle) {
     if full || ended {
         link.release(&stream_id, route);
     }
+}
+
+/// Waits until a stream takes what is delivered to it, or has ended; whether it did. One that does not is to be reset
+/// rather than allowed to hold up its neighbours, but one that the link is read more slowly for has as long as it likes
+/// while there are none.
+async fn waited_for(inbox: mpsc::Sender<Delivery>, delivery: Delivery, stream: &StreamId, link: &LinkHandle) -> bool {
+    let wait = Duration::from_secs(link.0.settings.write_timeout_secs);
+    let paused = link.0.waits.pause();
+    let mut taken = pin!(inbox.send(delivery));
+    let mut in_time = timeout(wait, &mut taken).await.is_ok();
+    while !in_time && link.waits_alone(stream) {
+        in_time = timeout(wait, &mut taken).await.is_ok();
+    }
+    if !in_time && link.waits_for(stream) {
+        // Its holder resets it, and knows why.
+        let _pressing = link.0.waits.press();
+        in_time = timeout(wait, taken).await.is_ok();
+    }
+    // All that it said meanwhile is still to be read.
+    link.heard();
+    drop(paused);
+    in_time
 }
 
 async fn write_loop<W>(
@@ -735,7 +827,6 @@ where
     W: Sink<Message, Error = SocketError> + Unpin,
 {
     let settings = &link.0.settings;
-    let write_timeout = Duration::from_secs(settings.write_timeout_secs);
     let ping_every = Duration::from_secs(settings.ping_secs);
     let mut ping = tokio::time::interval_at(Instant::now() + ping_every, ping_every);
     ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -751,28 +842,34 @@ where
             () = link.0.stop.cancelled() => break,
             frame = outbox.recv(), if room => match (frame, desk) {
                 (Some(frame), None) => {
-                    timeout(write_timeout, write_batch(&mut socket, frame, &mut outbox, &link.0.metrics)).await
+                    in_time(link, write_batch(&mut socket, frame, &mut outbox, &link.0.metrics)).await
                 }
                 (Some(frame), Some(desk)) => {
                     desk.take(frame, link);
-                    timeout(write_timeout, write_messages(&mut socket, desk, &link.0.metrics)).await
+                    in_time(link, write_messages(&mut socket, desk, &link.0.metrics)).await
                 }
                 (None, _) => break,
             },
             () = due => match desk {
                 Some(desk) if desk.expire() => return LinkEnd::Stalled,
-                Some(desk) => timeout(write_timeout, write_messages(&mut socket, desk, &link.0.metrics)).await,
+                Some(desk) => in_time(link, write_messages(&mut socket, desk, &link.0.metrics)).await,
                 None => continue,
             },
             _ = ping.tick() => {
                 if link.silence() >= Duration::from_secs(settings.dead_secs) {
                     return LinkEnd::Silent;
                 }
-                timeout(write_timeout, socket.send(Message::Ping(Bytes::new()))).await
+                in_time(link, async {
+                    if link.0.waits.is_paused() {
+                        // The executor's own ping stands behind what is not read yet, and it gives up a link on which it
+                        // hears no pong for a minute.
+                        socket.feed(Message::Pong(Bytes::new())).await?;
+                    }
+                    socket.send(Message::Ping(Bytes::new())).await
+                })
+                .await
             }
-            () = link.0.ping.notified() => {
-                timeout(write_timeout, socket.send(Message::Ping(Bytes::new()))).await
-            }
+            () = link.0.ping.notified() => in_time(link, socket.send(Message::Ping(Bytes::new()))).await,
         };
         match written {
             Ok(Ok(())) => {}
@@ -794,8 +891,21 @@ where
         }
         socket.send(Message::Close(Some(reason.frame()))).await
     };
-    let _ = timeout(write_timeout, farewell).await;
+    let _ = timeout(Duration::from_secs(settings.write_timeout_secs), farewell).await;
     LinkEnd::Closed(reason)
+}
+
+/// A write within its time. An executor that is not read may read no more itself, so whoever makes the link wait is let
+/// go before the link is given up.
+async fn in_time<T>(link: &LinkHandle, write: impl Future<Output = T>) -> Result<T, Elapsed> {
+    let (wait, mut write) = (Duration::from_secs(link.0.settings.write_timeout_secs), pin!(write));
+    match timeout(wait, &mut write).await {
+        Err(_) if link.0.waits.is_paused() => {
+            let _pressing = link.0.waits.press();
+            timeout(wait, write).await
+        }
+        written => written,
+    }
 }
 
 /// Writes the frame and those already waiting behind it, then flushes once.
@@ -853,7 +963,7 @@ mod model_tests;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
+pub(super) mod tests {
     use std::time::SystemTime;
 
     use futures_util::FutureExt;
@@ -861,7 +971,7 @@ mod tests {
     use super::*;
     use crate::store::Transport;
 
-    pub(super) fn link_with(settings: config::Link) -> (LinkHandle, mpsc::Receiver<Bytes>) {
+    pub(in crate::relay) fn link_with(settings: config::Link) -> (LinkHandle, mpsc::Receiver<Bytes>) {
         let registration = Registration {
             id: "exr_1".parse().unwrap(),
             executor: "exe_1".parse().unwrap(),
@@ -871,6 +981,12 @@ mod tests {
             created_at: SystemTime::UNIX_EPOCH,
         };
         LinkHandle::new(registration, Arc::new(settings), Arc::default())
+    }
+
+    /// Has a stream hear a frame of its executor.
+    pub(in crate::relay) async fn say(link: &LinkHandle, stream: &StreamId) {
+        link.heard();
+        deliver(Frame { stream_id: stream.clone(), body: Body::Heartbeat }, Bytes::new(), link).await;
     }
 
     #[tokio::test]

@@ -11,6 +11,7 @@ pub mod conversation;
 mod gate;
 pub mod greeting;
 pub mod harness;
+pub mod lane;
 pub mod link;
 pub mod noise;
 pub mod process_events;

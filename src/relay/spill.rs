@@ -1,7 +1,8 @@
 //! Frames for a harness that reads more slowly than its executor speaks: in memory first, then in a file.
 //!
-//! Owned by the task of one harness socket. It never reorders or drops a frame and never makes the link wait for the
-//! harness: what fits in neither place is refused, and the owner resets that one stream.
+//! Owned by the task of one harness socket. It never reorders or drops a frame. What fits in neither place waits for the
+//! harness, and the link with it, while that holds up nobody else; otherwise it is refused, and the owner resets that one
+//! stream.
 //!
 //! ```text
 //! push ─► tail ─► batch being written ─► file ─► head ─► pop        memory: head, batch and tail
@@ -15,13 +16,15 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Poll, ready};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use rustix::fs::{Mode, OFlags};
 use tokio::sync::Notify;
 
+use super::lane::{Lane, Refusal};
+use super::stream::StreamEnd;
 use crate::config;
 use crate::ops::metrics::Metrics;
 
@@ -48,6 +51,9 @@ pub enum SpillError {
     /// The file failed.
     #[error("the spill file failed")]
     Disk(#[source] Arc<io::Error>),
+    /// The stream has ended while its reader was waited for.
+    #[error(transparent)]
+    Ended(StreamEnd),
 }
 
 /// A first-in-first-out queue of frames, bounded in bytes in memory and on disk.
@@ -63,6 +69,8 @@ struct Shared {
     batch_bytes_max: usize,
     file_bytes_max: u64,
     metrics: Arc<Metrics>,
+    /// The stream whose frames these are.
+    lane: OnceLock<Lane>,
     state: Mutex<State>,
     /// The disk is done: there may be a frame to pop.
     read: Notify,
@@ -82,6 +90,8 @@ struct State {
     file: Option<Ring>,
     /// One job at a time has the file.
     busy: bool,
+    /// A frame waits for room.
+    crowded: bool,
     /// Nothing more is written.
     unwritable: Option<SpillError>,
     /// What is in the file is lost.
@@ -140,21 +150,60 @@ impl Spill {
             batch_bytes_max,
             file_bytes_max: settings.spill_bytes_max,
             metrics,
+            lane: OnceLock::new(),
             state: Mutex::default(),
             read: Notify::new(),
             room: Notify::new(),
         }))
     }
 
-    /// Takes a frame as the newest; waits while the disk is busy with those before it. Dropping the future takes
-    /// nothing.
+    /// Waits for this stream's reader when it is full, as long as its link may wait. It has one stream for all its time.
+    pub fn waits_for(&self, lane: &Lane) {
+        let _ = self.0.lane.set(lane.clone());
+    }
+
+    /// Takes a frame as the newest; waits while the disk is busy with those before it, and, where the bounds are
+    /// reached, for the reader while that holds up nobody on the link. Dropping the future takes nothing.
     ///
     /// # Errors
-    /// [`SpillError::Full`] once the bounds are reached, [`SpillError::Disk`] once the file could not be written. The
-    /// frame is gone then, so the stream has a hole and must be reset.
+    /// [`SpillError::Full`] once the bounds are reached and the link cannot wait, [`SpillError::Ended`] when the stream
+    /// has ended meanwhile, [`SpillError::Disk`] once the file could not be written. The frame is gone then, so the
+    /// stream has a hole and must be reset.
     pub async fn push(&self, frame: Bytes) -> Result<(), SpillError> {
-        while !self.0.offer(&frame)? {
-            self.0.room.notified().await;
+        let mut waited = false;
+        loop {
+            match self.0.offer(&frame)? {
+                Offer::Taken => break,
+                Offer::Busy => self.0.room.notified().await,
+                Offer::Full => {
+                    if !waited {
+                        self.0.metrics.spill_waits.inc();
+                    }
+                    let refusal = match self.0.lane.get() {
+                        Some(lane) => tokio::select! {
+                            biased;
+                            () = self.0.room.notified() => {
+                                waited = true;
+                                continue;
+                            }
+                            refusal = lane.wait() => refusal,
+                        },
+                        None => Refusal::HoldsUp,
+                    };
+                    return Err(match refusal {
+                        Refusal::Ended(end) => SpillError::Ended(end),
+                        Refusal::HoldsUp => {
+                            self.0.metrics.spill_overruns.inc();
+                            SpillError::Full
+                        }
+                    });
+                }
+            }
+            waited = true;
+        }
+        if waited {
+            // Another push may wait beside this one.
+            self.0.room.notify_one();
         }
         Ok(())
     }
@@ -191,6 +240,14 @@ impl Spill {
         if state.reported != (0, 0) {
             self.0.report(&mut state);
         }
+        if state.crowded && frame.is_some() {
+            // It is slow by now, so waking this very task costs nobody.
+            state.crowded = false;
+            self.0.room.notify_one();
+        }
+        if let Some(lane) = self.0.lane.get().filter(|lane| lane.is_behind() && state.is_empty()) {
+            lane.caught_up();
+        }
         match (&frame, &state.unreadable) {
             (None, Some(lost)) => Err(lost.clone()),
             _ => Ok(frame),
@@ -199,13 +256,17 @@ impl Spill {
 
     /// Frames taken and not yet popped.
     pub fn len(&self) -> usize {
-        let state = self.0.state();
-        state.head.frames.len() + state.stored + state.batch.frames.len() + state.tail.frames.len()
+        self.0.state().len()
     }
 
     /// Whether every frame was popped.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Whether more waits than memory holds, since it was empty last.
+    pub(super) fn is_behind(&self) -> bool {
+        self.0.lane.get().is_some_and(Lane::is_behind)
     }
 
     /// What these frames cost, in bytes, as the bounds count them: each its length and 64 more.
@@ -215,7 +276,24 @@ impl Spill {
     }
 }
 
+/// What became of a frame that was offered.
+enum Offer {
+    Taken,
+    /// The disk has to catch up first.
+    Busy,
+    /// The bounds are reached.
+    Full,
+}
+
 impl State {
+    fn len(&self) -> usize {
+        self.head.frames.len() + self.stored + self.batch.frames.len() + self.tail.frames.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// What stands behind the head: on disk, or on its way there.
     fn behind(&self) -> u64 {
         self.stored_cost + (self.batch.cost + self.tail.cost) as u64
@@ -235,8 +313,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the frame was taken; otherwise the disk has to catch up first.
-    fn offer(self: &Arc<Self>, frame: &Bytes) -> Result<bool, SpillError> {
+    fn offer(self: &Arc<Self>, frame: &Bytes) -> Result<Offer, SpillError> {
         let mut state = self.state();
         if let Some(failed) = state.unwritable.as_ref().or(state.unreadable.as_ref()) {
             return Err(failed.clone());
@@ -246,19 +323,23 @@ impl Shared {
             // The first is likely about to be popped.
             let frame = if state.head.frames.is_empty() { frame.clone() } else { apart(frame) };
             state.head.push(frame);
-        } else if state.behind() + cost(frame) as u64 > self.file_bytes_max {
-            self.metrics.spill_overruns.inc();
-            return Err(SpillError::Full);
-        } else {
-            if !state.tail.takes(frame, self.batch_bytes_max) {
-                if state.busy {
-                    return Ok(false);
-                }
-                self.write_tail(&mut state);
-            }
-            state.tail.push(apart(frame));
+            return Ok(Offer::Taken);
         }
-        Ok(true)
+        if let Some(lane) = self.lane.get() {
+            lane.fell_behind();
+        }
+        if state.behind() + cost(frame) as u64 > self.file_bytes_max {
+            state.crowded = true;
+            return Ok(Offer::Full);
+        }
+        if !state.tail.takes(frame, self.batch_bytes_max) {
+            if state.busy {
+                return Ok(Offer::Busy);
+            }
+            self.write_tail(&mut state);
+        }
+        state.tail.push(apart(frame));
+        Ok(Offer::Taken)
     }
 
     /// Sends the tail to the file. It stays in the batch until it is there: a disk that fails costs no frame.

@@ -1,12 +1,11 @@
 //! The gateway's end of one stream on a link. Dropping it resets the stream, so that an executor never keeps a
 //! conversation nobody listens to.
 
-use std::sync::{Arc, OnceLock};
-
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use super::link::{LinkHandle, RouteId};
+use super::lane::Lane;
+use super::link::LinkHandle;
 use crate::ops::metrics::Held;
 use crate::protocol::frame::{Body, Frame, StreamId};
 
@@ -60,31 +59,21 @@ pub struct Delivery {
 /// One conversation over a link; made only by `LinkHandle::open_stream`.
 #[derive(Debug)]
 pub struct StreamHandle {
-    id: StreamId,
-    route: RouteId,
-    link: LinkHandle,
+    lane: Lane,
     inbox: mpsc::Receiver<Delivery>,
-    /// Set when the link takes the route away, and has told the executor.
-    taken: Arc<OnceLock<StreamEnd>>,
     ended: Option<StreamEnd>,
     open: Option<Held>,
 }
 
 impl StreamHandle {
-    pub(super) fn new(
-        id: StreamId,
-        route: RouteId,
-        link: LinkHandle,
-        inbox: mpsc::Receiver<Delivery>,
-        taken: Arc<OnceLock<StreamEnd>>,
-    ) -> Self {
-        Self { id, route, link, inbox, taken, ended: None, open: None }
+    pub(super) fn new(lane: Lane, inbox: mpsc::Receiver<Delivery>) -> Self {
+        Self { lane, inbox, ended: None, open: None }
     }
 
     /// Counts it among the open streams of its kind until it is dropped.
     #[must_use]
     pub fn counted(mut self, kind: StreamKind) -> Self {
-        let metrics = self.link.metrics();
+        let metrics = self.link().metrics();
         metrics.streams_opened.inc([kind.name()]);
         self.open = Some(Held::one(metrics.streams.of([kind.name()])));
         self
@@ -93,18 +82,23 @@ impl StreamHandle {
     /// A stream that its holder ends when the workspace's right does, after what it has to say first.
     #[must_use]
     pub fn ended_by_holder(self) -> Self {
-        self.link.spare(&self.id, self.route);
+        self.link().spare(self.id(), self.lane.route());
         self
     }
 
     /// Its id on the wire.
     pub fn id(&self) -> &StreamId {
-        &self.id
+        self.lane.stream()
     }
 
     /// The link that carries it.
     pub fn link(&self) -> &LinkHandle {
-        &self.link
+        self.lane.link()
+    }
+
+    /// Its place on that link.
+    pub(super) fn lane(&self) -> &Lane {
+        &self.lane
     }
 
     /// Queues one encoded frame; waits while the link's outbox is full. Dropping the future queues nothing.
@@ -113,9 +107,9 @@ impl StreamHandle {
     /// [`StreamEnd::Disconnected`] when the link is gone, [`StreamEnd::Withdrawn`] when the right is.
     pub async fn send(&self, frame: Bytes) -> Result<(), StreamEnd> {
         // A frame after our reset would be taken for the begin of another stream.
-        match self.taken.get() {
+        match self.lane.standing().taken.get() {
             Some(end) => Err(*end),
-            None => self.link.send(frame).await,
+            None => self.lane.send(frame).await,
         }
     }
 
@@ -137,11 +131,14 @@ impl StreamHandle {
         }
         match self.inbox.recv().await {
             Some(Delivery { body: Body::Reset { reason }, .. }) => {
-                tracing::debug!(stream = %self.id, %reason, "executor reset the stream");
+                tracing::debug!(stream = %self.id(), %reason, "executor reset the stream");
                 Err(*self.ended.insert(StreamEnd::Reset))
             }
             Some(delivery) => Ok(delivery),
-            None => Err(*self.ended.insert(self.taken.get().copied().unwrap_or(StreamEnd::Disconnected))),
+            None => {
+                let taken = self.lane.standing().taken.get().copied();
+                Err(*self.ended.insert(taken.unwrap_or(StreamEnd::Disconnected)))
+            }
         }
     }
 }
@@ -149,11 +146,11 @@ impl StreamHandle {
 impl StreamHandle {
     /// Why it ends, for metrics.
     fn reason(&self) -> &'static str {
-        match self.taken.get().copied().or(self.ended) {
+        match self.lane.standing().taken.get().copied().or(self.ended) {
             None => "closed",
             Some(StreamEnd::Reset) => "reset",
             Some(StreamEnd::Withdrawn) => "withdrawn",
-            Some(StreamEnd::Disconnected) if self.link.is_ended() => "disconnected",
+            Some(StreamEnd::Disconnected) if self.link().is_ended() => "disconnected",
             // Its route went while the link stands.
             Some(StreamEnd::Disconnected) => "overrun",
         }
@@ -163,12 +160,12 @@ impl StreamHandle {
 impl Drop for StreamHandle {
     fn drop(&mut self) {
         if self.open.is_some() {
-            self.link.metrics().streams_ended.inc([self.reason()]);
+            self.link().metrics().streams_ended.inc([self.reason()]);
         }
         // Whoever took the route away has told the executor, or was told by it, and the id may be another's by now.
-        if self.link.release(&self.id, self.route) {
-            let reset = Frame { stream_id: self.id.clone(), body: Body::Reset { reason: "closed".into() } };
-            self.link.send_detached(reset.encode());
+        if self.link().release(self.id(), self.lane.route()) {
+            let reset = Frame { stream_id: self.id().clone(), body: Body::Reset { reason: "closed".into() } };
+            self.link().send_detached(reset.encode());
         }
     }
 }

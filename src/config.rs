@@ -217,7 +217,7 @@ config! {
         stream_bytes_max: usize = 16 * 1024 * 1024 => 1..=1024 * 1024 * 1024,
         /// Bytes for one slow harness stream kept in memory; what follows goes to disk.
         spill_memory_bytes_max: usize = 1024 * 1024 => 64 * 1024..=256 * 1024 * 1024,
-        /// Bytes for one slow harness stream kept on disk; past it the stream is reset.
+        /// Bytes for one slow harness stream kept on disk; past it the link is read more slowly while that holds up nobody else, then the stream is reset.
         spill_bytes_max: u64 = 64 * 1024 * 1024 => 0..=1024 * 1024 * 1024 * 1024,
         /// How long a stream waits for its harness whose socket broke, in seconds, but not past dead_secs; 0 ends it at once.
         comeback_wait_secs: u64 = 30 => 0..=600,

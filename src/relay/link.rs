@@ -668,8 +668,15 @@ impl Desk {
     }
 
     /// Ends what is over; whether the socket must go.
-    fn expire(&self) -> bool {
+    fn expire(&self, waits: &Waits) -> bool {
         let (mut session, now) = (self.session(), Instant::now());
+        if waits.is_crowded() {
+            // Answers may lie unread, or have until just now.
+            session.was_not_heard(now);
+            if !waits.is_paused() {
+                waits.cleared();
+            }
+        }
         session.expire(now);
         session.is_stalled(now)
     }
@@ -851,7 +858,7 @@ where
                 (None, _) => break,
             },
             () = due => match desk {
-                Some(desk) if desk.expire() => return LinkEnd::Stalled,
+                Some(desk) if desk.expire(&link.0.waits) => return LinkEnd::Stalled,
                 Some(desk) => in_time(link, write_messages(&mut socket, desk, &link.0.metrics)).await,
                 None => continue,
             },

@@ -490,6 +490,11 @@ impl Shared {
         }
     }
 
+    /// The executor was not listened to until now: what it has not answered by now counts from now on.
+    pub fn was_not_heard(&mut self, now: Instant) {
+        self.answered = Some(now);
+    }
+
     /// Whether a process that does not read its stdin holds up everybody: only a new socket helps. It is remembered,
     /// so that the same process does so once only.
     pub fn is_stalled(&mut self, now: Instant) -> bool {

@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
+use crate::audit::Audit;
 use crate::auth::Auth;
 use crate::config;
 use crate::journal::{Append, Full, Journal, JournalError, JournalReader, Limits};
@@ -37,8 +38,8 @@ use crate::protocol::rpc::{ProcessSignal, Signal};
 use crate::relay::client::{CallError, Client};
 use crate::relay::process_tree::end_tree;
 use crate::store::{Binding, Reserved, SessionRow, SessionState, Store, StoreError};
-use crate::workspace::Workspace;
 use crate::workspace::cache::Workspaces;
+use crate::workspace::{Corridor, Workspace};
 
 use self::place::Places;
 use self::quota::{Relief, Usage};
@@ -464,6 +465,7 @@ pub struct Sessions {
     auth: Auth,
     workspaces: Arc<Workspaces>,
     metrics: Arc<Metrics>,
+    audit: Audit,
     entries: DashMap<SessionId, Arc<Session>>,
     /// Bounded by the calls that may be under way, and gone with their reservation.
     starts: Mutex<Starts>,
@@ -485,21 +487,22 @@ impl Sessions {
     pub async fn restore(
         settings: config::Sessions,
         env_exclude: Vec<String>,
-        directory: PathBuf,
-        store: Store,
-        auth: Auth,
+        corridor: &Corridor,
         workspaces: Arc<Workspaces>,
         metrics: Arc<Metrics>,
+        audit: Audit,
     ) -> Result<Arc<Self>, StoreError> {
+        let Corridor { state_dir, store, auth, .. } = corridor;
         let rows = store.sessions().await?;
         let sessions = Arc::new(Self {
             settings,
             env_exclude,
-            directory,
-            store,
-            auth,
+            directory: state_dir.join("sessions"),
+            store: store.clone(),
+            auth: auth.clone(),
             workspaces,
             metrics,
+            audit,
             entries: DashMap::new(),
             starts: Mutex::default(),
             session_places: Places::default(),

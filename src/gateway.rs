@@ -181,10 +181,10 @@ impl Gateway {
         let sessions = Sessions::restore(
             config.session.clone(),
             config.tools.env_exclude.clone(),
-            state_dir.join("sessions"),
+            &corridor,
             workspaces.clone(),
-            audit.clone(),
             metrics.clone(),
+            audit.clone(),
         );
         let sessions = sessions.await.map_err(of_store)?;
         let api = Arc::new(Api::new(config.clone(), corridor, workspaces, sessions, metrics.clone(), audit.clone()));

@@ -145,7 +145,7 @@ impl Watch {
 
 /// A test for each, and the list of all that they see move.
 macro_rules! scenarios {
-    ($(async fn $name:ident($due:ident) sees [$($series:literal),+ $(,)?] $body:block)+) => {
+    ($(async fn $name:ident($due:ident) sees [$($series:expr),+ $(,)?] $body:block)+) => {
         $(
             #[tokio::test(flavor = "multi_thread")]
             async fn $name() {
@@ -250,7 +250,8 @@ async fn output_without_room(due) sees [
     .await;
     let watch = Watch::start(bench.gateway.gateway.ops(), due).await;
     for _ in 0..2 {
-        bench.caller.result("box", "exec_command", json!({ "command": format!("head -c {} /dev/zero", 3 * MIB) })).await;
+        let command = format!("head -c {} /dev/zero", 3 * MIB);
+        bench.caller.result("box", "exec_command", json!({ "command": command })).await;
     }
     watch.sees_all().await;
 }
@@ -532,7 +533,7 @@ async fn more_connections_than_file_descriptors(due) sees [
 }
 
 async fn a_process_at_work(due) sees [
-    r#"build_info{version="0.1.0"}"#, "process_cpu_seconds_total", "process_resident_memory_bytes",
+    concat!("build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}"), "process_cpu_seconds_total", "process_resident_memory_bytes",
     "process_virtual_memory_bytes", "process_threads", "process_open_fds", "process_start_time_seconds",
 ] {
     let state = Scratch::new();
@@ -540,8 +541,9 @@ async fn a_process_at_work(due) sees [
     // What never changes is compared with nothing: before the first scrape it was not there.
     let mut watch = Watch { ops: daemon.ops, before: Page(BTreeMap::new()), due: due.iter().copied().collect() };
     let page = watch.look().await;
-    let (started, now) = (page.get("process_start_time_seconds"), SystemTime::now().duration_since(UNIX_EPOCH).unwrap());
-    assert!((now.as_secs_f64() - started).abs() < 3600.0, "{started}");
+    let (started, now) = (page.get("process_start_time_seconds"), SystemTime::now());
+    let age = now.duration_since(UNIX_EPOCH).unwrap().as_secs_f64() - started;
+    assert!(age.abs() < 3600.0, "{started}");
     let of_system = |file: &str| Path::new("/proc").join(daemon.pid().to_string()).join(file);
     let threads = std::fs::read_dir(of_system("task")).unwrap().count() as f64;
     assert!((page.get("process_threads") - threads).abs() < 20.0, "{threads}");

@@ -464,8 +464,8 @@ pub struct Sessions {
     store: Store,
     auth: Auth,
     workspaces: Arc<Workspaces>,
-    audit: Audit,
     metrics: Arc<Metrics>,
+    audit: Audit,
     entries: DashMap<SessionId, Arc<Session>>,
     /// Bounded by the calls that may be under way, and gone with their reservation.
     starts: Mutex<Starts>,
@@ -487,23 +487,22 @@ impl Sessions {
     pub async fn restore(
         settings: config::Sessions,
         env_exclude: Vec<String>,
-        directory: PathBuf,
+        corridor: &Corridor,
         workspaces: Arc<Workspaces>,
-        audit: Audit,
         metrics: Arc<Metrics>,
+        audit: Audit,
     ) -> Result<Arc<Self>, StoreError> {
-        let Corridor { store, auth, .. } = &**workspaces.corridor();
-        let (store, auth) = (store.clone(), auth.clone());
+        let Corridor { state_dir, store, auth, .. } = corridor;
         let rows = store.sessions().await?;
         let sessions = Arc::new(Self {
             settings,
             env_exclude,
-            directory,
-            store,
-            auth,
+            directory: state_dir.join("sessions"),
+            store: store.clone(),
+            auth: auth.clone(),
             workspaces,
-            audit,
             metrics,
+            audit,
             entries: DashMap::new(),
             starts: Mutex::default(),
             session_places: Places::default(),

@@ -459,12 +459,12 @@ impl Task {
         if let Err(error) = self.save().await {
             tracing::warn!(session = %self.session.id, %error, "the end of a session was not stored");
         }
+        self.sessions.metrics.sessions_ended.inc([state.as_str()]);
         // Behind the store: what is over there does not end again.
         let (act, outcome) = self.recorded_end();
         if let Ok(entry) = self.sessions.audit.begin(act).await {
             entry.end(outcome);
         }
-        self.sessions.metrics.sessions_ended.inc([state.as_str()]);
         self.session.client.send_replace(None);
         self.session.publish(self.newest());
     }

@@ -30,11 +30,6 @@ impl Workspaces {
         Self { corridor, entries: DashMap::new(), built: AtomicU64::new(0), evicted: AtomicU64::new(0) }
     }
 
-    /// What their workspaces reach executors by.
-    pub fn corridor(&self) -> &Arc<Corridor> {
-        &self.corridor
-    }
-
     /// The workspace of a caller. Only a [`Principal`] opens one, so nobody gets another's.
     pub fn get(&self, principal: &Principal) -> Arc<Workspace> {
         let id = principal.workspace();

@@ -1,4 +1,4 @@
-//! What the system knows of this process, under the names that every program gives it. Read from `/proc` at each scrape.
+//! What the system knows of this process, under the names that every program gives it; read from `/proc` at each scrape.
 
 use std::fs;
 use std::time::Duration;

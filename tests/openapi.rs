@@ -145,6 +145,19 @@ async fn a_number_that_is_none_is_refused_whether_it_is_used_or_not() {
     }
 }
 
+#[tokio::test]
+async fn an_id_that_the_protocol_does_not_know_is_not_given_back() {
+    let gateway = TestGateway::start().await;
+    let caller = gateway.caller("w").await;
+    // Refused for want of `Accept`, whatever it asks for.
+    let headers = [("content-type", "application/json")];
+    for (id, told) in [("{}", json!(null)), ("[1]", json!(null)), ("\"a\"", json!("a")), ("7", json!(7))] {
+        let message = format!("{{\"jsonrpc\":\"2.0\",\"id\":{id},\"method\":\"ping\"}}");
+        let answer = caller.send("POST", "/mcp", &headers, message).await;
+        assert_eq!((answer.status.as_u16(), &answer.json()["id"]), (406, &told), "{id}: {answer:?}");
+    }
+}
+
 /// A file of what drives the API from outside.
 fn driver(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/support/schemathesis").join(name)

@@ -33,3 +33,21 @@ async fn the_service_manager_is_told_of_the_start_the_life_and_the_end() {
     assert_eq!(farewell, "STOPPING=1\nSTATUS=draining\n");
     assert_eq!(ended.await.unwrap(), Some(0));
 }
+
+#[test]
+fn every_test_that_the_threat_model_names_is_there() {
+    let repository = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let model = std::fs::read_to_string(repository.join("deploy/THREATS.md")).unwrap();
+    // Names of tests are long; `module::Type` is not one.
+    let named: Vec<_> = model
+        .split('`')
+        .filter_map(|word| word.split_once("::"))
+        .filter(|(_, name)| name.len() > 20 && name.chars().all(|char| char.is_ascii_lowercase() || char == '_'))
+        .collect();
+    assert!(named.len() > 50, "{named:?}");
+    for (file, name) in named {
+        let places = [format!("tests/{file}.rs"), format!("src/{file}.rs"), format!("src/{file}_tests.rs")];
+        let sources = places.iter().filter_map(|place| std::fs::read_to_string(repository.join(place)).ok());
+        assert!(sources.into_iter().any(|source| source.contains(&format!("fn {name}("))), "{file}::{name}");
+    }
+}

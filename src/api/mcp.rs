@@ -279,7 +279,8 @@ fn boxed(body: BoxBody<Bytes, Infallible>) -> Body {
 }
 
 fn rpc_error_answer(id: Option<&str>, code: i32, message: &str) -> Rpc {
-    let id: serde_json::Value = id.and_then(|id| serde_json::from_str(id).ok()).unwrap_or_default();
+    // What is no id of the protocol is not given back as one.
+    let id = id.and_then(|id| serde_json::from_str::<RequestId>(id).ok());
     let error = json!({ "jsonrpc": "2.0", "id": id, "error": { "code": code, "message": message } });
     let mut answer = Response::new(Full::new(Bytes::from(json_line(&error))).boxed());
     *answer.status_mut() = StatusCode::BAD_REQUEST;

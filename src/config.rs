@@ -5,23 +5,29 @@
 //! `[auth]`.
 
 mod knob;
+mod live;
 mod resolve;
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use ipnet::IpNet;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 pub use knob::{Kind, Knob};
+pub use live::Live;
 pub use resolve::{ConfigFaults, Fault, Resolved, Source};
 
 use knob::Setting;
 
 macro_rules! knob {
-    ($config:ident . $($path:ident).+ : $ty:ty, $name:expr, [$($doc:literal)*], [$($range:expr)?]) => {
+    (
+        $config:ident . $($path:ident).+ : $ty:ty, $name:expr, [$($doc:literal)*], [$($range:expr)?], [$($fixed:ident)?]
+    ) => {
         Knob {
             name: $name,
             doc: concat!($($doc, "\n"),*),
@@ -29,15 +35,23 @@ macro_rules! knob {
             range: { let ranges: &[_] = &[$($range)?]; ranges.first() },
             set: |$config, items| { $config.$($path).+ = Setting::parse(items)?; Ok(()) },
             get: |$config| $config.$($path).+.show(),
+            at_start: { let marks: &[&str] = &[$(stringify!($fixed))?]; !marks.is_empty() },
+            same: |one, other| one.$($path).+ == other.$($path).+,
+            copy: |$config, from| $config.$($path).+.clone_from(&from.$($path).+),
         }
     };
 }
 
 macro_rules! config {
     (
-        top { $( $(#[doc = $tdoc:literal])* $tfield:ident : $tty:ty = $tdefault:expr ),* $(,)? }
+        top {
+            $( $(#[doc = $tdoc:literal])* $tfield:ident : $tty:ty = $tdefault:expr $(; $tfixed:ident)? ),* $(,)?
+        }
         $( $(#[doc = $sdoc:literal])* $section:ident : $Section:ident {
-            $( $(#[doc = $doc:literal])* $field:ident : $ty:ty = $default:expr $(=> $range:expr)? ),* $(,)?
+            $(
+                $(#[doc = $doc:literal])*
+                $field:ident : $ty:ty = $default:expr $(=> $range:expr)? $(; $fixed:ident)?
+            ),* $(,)?
         } )*
     ) => {
         /// The effective configuration of one gateway.
@@ -67,32 +81,83 @@ macro_rules! config {
 
         /// Every knob: those without a section first, then section by section.
         pub static KNOBS: &[Knob] = &[
-            $( knob!(config.$tfield: $tty, stringify!($tfield), [$($tdoc)*], []), )*
+            $( knob!(config.$tfield: $tty, stringify!($tfield), [$($tdoc)*], [], [$($tfixed)?]), )*
             $( $( knob!(
                 config.$section.$field: $ty,
-                concat!(stringify!($section), ".", stringify!($field)), [$($doc)*], [$($range)?]
+                concat!(stringify!($section), ".", stringify!($field)), [$($doc)*], [$($range)?], [$($fixed)?]
             ), )* )*
         ];
+
+        /// The configuration of a running gateway: whole, and by section for the parts that hold theirs.
+        pub struct Running {
+            whole: Live<Config>,
+            before: Live<Option<Arc<Config>>>,
+            /// How reloads went.
+            pub reloads: Reloads,
+            $( $(#[doc = $sdoc])* pub $section: Live<$Section>, )*
+        }
+
+        impl Running {
+            /// With what the gateway starts.
+            pub fn new(config: Config) -> Self {
+                Self {
+                    $( $section: config.$section.clone().into(), )*
+                    before: None.into(),
+                    reloads: Reloads::default(),
+                    whole: config.into(),
+                }
+            }
+
+            /// Takes over another configuration, for whatever begins from now on.
+            pub fn set(&self, config: Config) {
+                self.before.set(Some(self.now()));
+                $( self.$section.set(config.$section.clone()); )*
+                self.whole.set(config);
+            }
+        }
 
         /// The sections of the configuration file, each with its sentence.
         static SECTIONS: &[(&str, &str)] = &[ $( (stringify!($section), concat!($($sdoc),*)) ),* ];
     };
 }
 
+/// How many reloads there were since the start.
+#[derive(Debug, Default)]
+pub struct Reloads {
+    /// Those that were carried out.
+    pub done: AtomicU64,
+    /// Those that were refused, since something was wrong with what was read.
+    pub refused: AtomicU64,
+}
+
+impl Running {
+    /// All knobs in effect at this moment.
+    pub fn now(&self) -> Arc<Config> {
+        self.whole.now()
+    }
+
+    /// Those before the last reload. Secrets that callers show are good until the reload after the one that replaced
+    /// them, so that callers can be given the new one in between.
+    pub fn before(&self) -> Option<Arc<Config>> {
+        (*self.before.now()).clone()
+    }
+}
+
+// A knob with `; at_start` keeps its value until the gateway is started anew; all others follow a reload.
 config! {
     top {
         /// Addresses of the API; comma-separated outside of files.
-        listen: Vec<SocketAddr> = vec![SocketAddr::from(([127, 0, 0, 1], 6060))],
+        listen: Vec<SocketAddr> = vec![SocketAddr::from(([127, 0, 0, 1], 6060))]; at_start,
         /// Address of `/metrics`, `/healthz` and `/readyz` for operators.
-        ops_listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 6061)),
+        ops_listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 6061)); at_start,
         /// Directory of everything that outlives the process. Empty: `$STATE_DIRECTORY`, else `$XDG_STATE_HOME/exec-gateway`, else `~/.local/state/exec-gateway`.
-        state_dir: Option<PathBuf> = None,
+        state_dir: Option<PathBuf> = None; at_start,
         /// Base URL under which executors reach this gateway. Empty: the Host each of them called.
         public_url: Option<String> = None,
         /// Least severe log lines written: error, warn, info, debug or trace.
         log_level: LogLevel = LogLevel::Info,
         /// Form of log lines: text or json.
-        log_format: LogFormat = LogFormat::Text,
+        log_format: LogFormat = LogFormat::Text; at_start,
     }
 
     /// HTTP connections and requests.
@@ -117,7 +182,7 @@ config! {
         trusted_proxies: Vec<IpNet> = Vec::new(),
     }
 
-    /// Encryption of the listeners. The files are read again at SIGHUP.
+    /// Encryption of the listeners. The files are read again at SIGHUP, for new connections.
     tls: TlsPaths {
         /// PEM file with the certificate of the API and those that it is signed by. Empty: the API is served in the open.
         certificate: Option<PathBuf> = None,
@@ -316,7 +381,7 @@ config! {
     /// The record of who did what.
     audit: Audit {
         /// Whether what callers, harnesses, executors and operators do is recorded: true or false.
-        enabled: bool = true,
+        enabled: bool = true; at_start,
         /// What becomes of new calls while the disk takes no more records: refuse answers them with 503, go_on carries them out and records later how many records are missing.
         when_full: WhenFull = WhenFull::Refuse,
         /// Whether contents are recorded too: whole arguments with file contents, patches and values of variables, and what is written to stdin.
@@ -332,7 +397,7 @@ config! {
         /// How long records are kept, in days; files go as a whole.
         retention_days: u64 = 90 => 1..=36_525,
         /// Records waiting to be written; further calls wait. As many ends of calls are held back while the disk takes no more.
-        queue_max: usize = 1024 => 1..=1_000_000,
+        queue_max: usize = 1024 => 1..=1_000_000; at_start,
         /// What is under way and remembered, so that after a kill its end is recorded as unknown.
         open_max: usize = 65_536 => 1..=1_000_000,
     }
@@ -545,7 +610,8 @@ impl Config {
             "# Configuration of exec-gateway: every knob at its default.\n\
              #\n\
              # Flags win over the environment, which wins over this file. A knob has one name: upstream_url below [auth]\n\
-             # is --auth-upstream-url and EXEC_GATEWAY_AUTH_UPSTREAM_URL. An empty text is the same as none.\n",
+             # is --auth-upstream-url and EXEC_GATEWAY_AUTH_UPSTREAM_URL. An empty text is the same as none.\n\
+             # SIGHUP has a running gateway take over what changed, but for knobs that say that they need a restart.\n",
         );
         let (defaults, mut current) = (Self::default(), None);
         for knob in KNOBS {
@@ -554,7 +620,8 @@ impl Config {
                 let (name, doc) = SECTIONS.iter().find(|(name, _)| Some(*name) == current).expect("the same table");
                 text += &format!("\n\n{}[{name}]\n", comment(doc));
             }
-            text += &format!("\n{}{} = {}\n", comment(&knob.doc()), knob.key(), knob.toml(&defaults));
+            let restart = if knob.at_start { " Needs a restart to change." } else { "" };
+            text += &format!("\n{}{} = {}\n", comment(&(knob.doc() + restart)), knob.key(), knob.toml(&defaults));
         }
         text
     }

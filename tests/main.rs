@@ -27,6 +27,7 @@ mod patch;
 mod proxies;
 mod registration;
 mod relink;
+mod reload;
 mod rest;
 mod restart;
 mod restart_load;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hyper::HeaderMap;
 use serde_json::Value;
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::watch;
 use zeroize::Zeroizing;
 
 use super::Api;
@@ -17,7 +17,7 @@ use crate::ops::metrics::CallLabels;
 use crate::protocol::rest::{Ran, ToolResult};
 use crate::timing::Timing;
 use crate::tools::{Call, Effect, Progress, Tool};
-use crate::workspace::Workspace;
+use crate::workspace::{CallPlace, Workspace};
 
 /// A caller that is known, and its place among the calls of its workspace.
 pub(super) struct Admitted {
@@ -28,7 +28,7 @@ pub(super) struct Admitted {
     timing: Timing,
     bearer: Zeroizing<String>,
     revocations: Revocations,
-    place: Option<OwnedSemaphorePermit>,
+    place: Option<CallPlace>,
 }
 
 /// What a caller wants done.
@@ -117,7 +117,7 @@ impl Admitted {
         let (entry, bytes_in) = begun?;
         let call = Call {
             workspace,
-            settings: api.tools.clone(),
+            settings: api.tools.now(),
             started: tokio::time::Instant::now(),
             sessions: api.sessions.clone(),
             key,

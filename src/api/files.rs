@@ -17,7 +17,7 @@ use hyper::header::{
 };
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde_json::json;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use zeroize::Zeroizing;
 
@@ -29,6 +29,7 @@ use crate::auth::{Principal, Revocations, bearer};
 use crate::edge::body::{Body, BodyError, full};
 use crate::edge::pipe::pipe;
 use crate::tools::{Call, Download, Upload, Uploaded};
+use crate::workspace::CallPlace;
 
 /// Blocks between an executor and its caller, besides those that are being read.
 const BLOCKS: usize = 1;
@@ -40,7 +41,7 @@ struct Admitted {
     path: String,
     bearer: Zeroizing<String>,
     revocations: Revocations,
-    place: OwnedSemaphorePermit,
+    place: CallPlace,
 }
 
 async fn admitted<B>(api: &Api, request: &Request<B>, may: impl Fn(&Principal) -> bool) -> Result<Admitted, ApiError> {
@@ -58,7 +59,7 @@ async fn admitted<B>(api: &Api, request: &Request<B>, may: impl Fn(&Principal) -
     let place = workspace.begin_call()?;
     let call = Call {
         workspace,
-        settings: api.tools.clone(),
+        settings: api.tools.now(),
         started: Instant::now(),
         sessions: api.sessions.clone(),
         key: None,
@@ -216,12 +217,12 @@ async fn receive(
     };
     let upload =
         Upload { path, parents, mode: query_parameter(query, "mode"), if_match: if_match(request.headers())?, if_none };
-    let bytes_max = api.config.tools.upload_bytes_max;
+    let bytes_max = api.config.now().tools.upload_bytes_max;
     let too_large = || ApiError::new(413, "body_too_large", format!("the body is larger than {bytes_max} bytes"));
     if request.body().size_hint().lower() > bytes_max {
         return Err(too_large());
     }
-    let stall = Duration::from_secs(api.config.transfer.stall_secs);
+    let stall = Duration::from_secs(api.config.now().transfer.stall_secs);
     let mut body = request.into_body();
     let (pieces, content) = mpsc::channel(BLOCKS);
     let sent = async move {

@@ -30,7 +30,7 @@ use tokio_util::task::TaskTracker;
 use self::error::ApiError;
 use crate::admin::Admin;
 use crate::audit::Audit;
-use crate::config::Config;
+use crate::config::{self, Live, Running};
 use crate::edge::body::{Body, BrokenOff, full};
 use crate::edge::peer;
 use crate::edge::router::{Envelope, Route, RouteError, Router, percent_decode};
@@ -52,7 +52,7 @@ const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// What the doors need.
 pub struct Api {
     /// The effective configuration.
-    pub config: Config,
+    pub config: Arc<Running>,
     /// Store, rights, connected executors.
     pub corridor: Arc<Corridor>,
     /// Tenants in memory.
@@ -62,7 +62,7 @@ pub struct Api {
     /// Byte pipes between two clients.
     pub transfers: Transfers,
     /// Bounds and times of tool calls.
-    pub tools: Arc<crate::config::Tools>,
+    pub tools: Live<config::Tools>,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// What callers do is recorded there before they do it.
@@ -87,7 +87,7 @@ pub struct Api {
 impl Api {
     /// Puts the doors in front of the domain.
     pub fn new(
-        config: Config,
+        config: Arc<Running>,
         corridor: Arc<Corridor>,
         workspaces: Arc<Workspaces>,
         sessions: Arc<Sessions>,
@@ -97,7 +97,7 @@ impl Api {
         Self {
             workspaces,
             sessions,
-            tools: Arc::new(config.tools.clone()),
+            tools: config.tools.clone(),
             transfers: Transfers::new(config.transfer.clone()),
             config,
             corridor,
@@ -300,7 +300,7 @@ fn late(pieces: impl Stream<Item = Bytes> + Send + 'static, timing: Timing) -> R
 
 /// Base URL under which callers reach this gateway: the configured one, else the Host of the request.
 fn http_base(api: &Api, request: &Parts) -> String {
-    match &api.config.public_url {
+    match &api.config.now().public_url {
         Some(url) => {
             let url = url.trim_end_matches('/');
             match url.split_once("://") {

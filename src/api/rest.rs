@@ -59,7 +59,8 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
     let key = idempotency_key(request.headers())?;
     let timing = timing(&request);
     let admitted = Admitted::admit(api, request.headers(), timing.clone()).await?;
-    let edge = &api.config.edge;
+    let config = api.config.now();
+    let edge = &config.edge;
     let wait = Duration::from_secs(edge.body_timeout_secs);
     let body = body::read(request.into_body(), edge.body_bytes_max, wait).await?;
     let call: ToolCall = parse(&body)?;
@@ -70,7 +71,7 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
     let (environment, arguments) = (Some(name.to_owned()), call.arguments);
     let order = Order { tool, environment, key, arguments, text_bytes_max: None, progress: None };
     let mut run: Pin<Box<RunningCall>> = Box::pin(admitted.run(api.clone(), order));
-    let tools = &api.config.tools;
+    let tools = api.tools.now();
     match timeout(Duration::from_secs(tools.keepalive_after_secs), &mut run).await {
         Ok(result) => Ok(json(&result?)),
         Err(_) => Ok(keep_alive(run, timing, Duration::from_secs(tools.keepalive_secs))),

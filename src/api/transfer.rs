@@ -17,7 +17,7 @@ use serde_json::json;
 use tokio::time::timeout;
 use zeroize::Zeroizing;
 
-use super::compat::{admit, created, read, unauthorized};
+use super::compat::{admit_service, created, read, unauthorized};
 use super::error::ApiError;
 use super::{Api, TRANSFERS, draining, http_base, json, read_only};
 use crate::auth::{AuthError, bearer};
@@ -33,7 +33,7 @@ const HELD_BYTES_MAX: usize = 256 * 1024;
 /// `POST /api/exec-gateway/relay/create`: for a service, or for a caller whose credential names the same workspace.
 pub async fn create(api: &Arc<Api>, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let shown = bearer(request.headers()).map(|shown| Zeroizing::new(shown.to_owned()));
-    let service = admit(api.config.auth.shared_secret.as_ref(), shown.as_ref().ok().map(|shown| shown.as_str()));
+    let service = admit_service(api, shown.as_ref().ok().map(|shown| shown.as_str()));
     let caller = match (&service, &shown) {
         (Err(refused), Ok(shown)) if refused.status() == 401 => {
             let principal = api.corridor.auth.principal(shown).await.map_err(|_| unauthorized("unauthorized"))?;
@@ -111,7 +111,7 @@ pub async fn put(api: &Arc<Api>, ticket: &str, request: Request<Incoming>) -> Re
         body: request.into_body(),
         held: Vec::new(),
         whole: false,
-        stall: Duration::from_secs(api.config.transfer.stall_secs),
+        stall: Duration::from_secs(api.config.now().transfer.stall_secs),
     };
     let upload = tokio::select! {
         upload = source.meet(&transfer) => upload?,

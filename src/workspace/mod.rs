@@ -8,17 +8,17 @@ pub mod pool;
 pub mod resolver;
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::cap_token::CapTokenRefused;
 use crate::auth::{Auth, Principal};
-use crate::config;
+use crate::config::{self, Live};
 use crate::protocol::frame::StreamId;
 use crate::protocol::ids::WorkspaceId;
 use crate::protocol::rpc::ExecutorSessionId;
@@ -48,11 +48,11 @@ pub struct Corridor {
     /// Who is connected.
     pub registry: Arc<Registry>,
     /// The gateway's end of encrypted streams.
-    pub identity: GatewayIdentity,
+    pub identity: Live<GatewayIdentity>,
     /// Bounds and times of links.
-    pub link: Arc<config::Link>,
+    pub link: Live<config::Link>,
     /// Bounds and times of workspaces.
-    pub settings: config::Workspaces,
+    pub settings: Live<config::Workspaces>,
     /// Tasks that end what calls have left behind at executors.
     pub endings: TaskTracker,
     /// Cancelled when the gateway stops: no call and no ending waits any longer for an executor that is away.
@@ -114,7 +114,7 @@ struct Listing {
 pub struct Workspace {
     id: WorkspaceId,
     corridor: Arc<Corridor>,
-    calls: Arc<Semaphore>,
+    calls: Arc<AtomicUsize>,
     tools: &'static [&'static Tool],
     listing: Mutex<Option<Listing>>,
     /// Names of this tenant.
@@ -130,13 +130,22 @@ pub struct Workspace {
 #[error("the workspace has {0} calls under way already")]
 pub struct TooManyCalls(usize);
 
+/// One of a workspace's places for calls, given back when it is dropped.
+pub struct CallPlace(Arc<AtomicUsize>);
+
+impl Drop for CallPlace {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 impl Workspace {
     fn new(id: WorkspaceId, corridor: Arc<Corridor>) -> Self {
         Self {
-            calls: Arc::new(Semaphore::new(corridor.settings.calls_max)),
+            calls: Arc::default(),
             tools: Tool::ALL,
             listing: Mutex::default(),
-            resolver: Resolver::new(id.clone(), Duration::from_secs(corridor.settings.resolver_ttl_secs)),
+            resolver: Resolver::new(id.clone(), corridor.settings.clone()),
             pool: Pool::default(),
             copies: Copies::default(),
             corridor,
@@ -163,13 +172,16 @@ impl Workspace {
     ///
     /// # Errors
     /// [`TooManyCalls`] when all are taken; nothing waits.
-    pub fn begin_call(&self) -> Result<OwnedSemaphorePermit, TooManyCalls> {
-        self.calls.clone().try_acquire_owned().map_err(|_| TooManyCalls(self.corridor.settings.calls_max))
+    pub fn begin_call(&self) -> Result<CallPlace, TooManyCalls> {
+        let calls_max = self.corridor.settings.now().calls_max;
+        // A place from the start: should the call be refused, dropping it gives it back.
+        let place = CallPlace(self.calls.clone());
+        if self.calls.fetch_add(1, Ordering::AcqRel) < calls_max { Ok(place) } else { Err(TooManyCalls(calls_max)) }
     }
 
     /// Calls under way.
     pub fn calls(&self) -> usize {
-        self.corridor.settings.calls_max - self.calls.available_permits()
+        self.calls.load(Ordering::Acquire)
     }
 
     /// The environments of this workspace.
@@ -247,10 +259,10 @@ impl Workspace {
     /// [`HandshakeError`].
     pub async fn converse(&self, stream: StreamHandle) -> Result<Conversation, HandshakeError> {
         let registration = stream.link().registration();
-        let identity = &self.corridor.identity;
+        let identity = self.corridor.identity.now();
         let harness = self.corridor.auth.harness();
         let authorization = harness.mint(&self.id, &registration.executor, &registration.id, &identity.key_digest());
-        Conversation::open(stream, identity, &authorization).await
+        Conversation::open(stream, &identity, &authorization).await
     }
 
     /// The same with the gateway as the caller, in a new executor session or in the one to resume. `stop` ends it.
@@ -298,7 +310,7 @@ impl Workspace {
         if right.workspace() != &self.id || binding.workspace() != &self.id {
             return Err(ReachError::Refused(CapTokenRefused::Revoked));
         }
-        let settings = &self.corridor.link;
+        let settings = self.corridor.link.now();
         let seen = Duration::from_secs(settings.executor_seen_secs);
         let wait = Duration::from_secs(settings.executor_wait_secs);
         loop {

@@ -4,18 +4,18 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use exec_gateway::admin::{Request, Response};
-use exec_gateway::config::Config;
-use exec_gateway::gateway::Gateway;
+use exec_gateway::config::{Config, ConfigFaults};
+use exec_gateway::gateway::{Gateway, Reloaded};
 use exec_gateway::protocol::ids::{EnvironmentName, TokenId, WorkspaceId};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
-use super::{Caller, PATIENCE, Scratch};
+use super::{Caller, PATIENCE, Scratch, eventually};
 
 /// A gateway inside this process.
 pub struct TestGateway {
@@ -57,6 +57,13 @@ impl TestGateway {
         format!("http://{}", self.address())
     }
 
+    /// Has the gateway read its configuration and its files again, with this changed.
+    pub fn reload(&self, change: impl FnOnce(&mut Config)) -> Result<Reloaded, ConfigFaults> {
+        let mut config = (*self.gateway.api().config.now()).clone();
+        change(&mut config);
+        self.gateway.reloading().reload(Ok(config))
+    }
+
     /// Carries out an operator's command.
     pub async fn admin(&self, request: Request) -> Response {
         self.gateway.admin().run(request).await.unwrap()
@@ -95,6 +102,7 @@ impl TestGateway {
 /// The real daemon as its own process.
 pub struct DaemonProcess {
     child: Child,
+    log: Arc<Mutex<Vec<String>>>,
     pub address: SocketAddr,
     pub ops: SocketAddr,
 }
@@ -153,16 +161,34 @@ impl DaemonProcess {
             }
         });
         let ready = ready.await.expect("the daemon was not ready in time");
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let kept = log.clone();
         tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
                 eprintln!("daemon: {line}");
+                kept.lock().unwrap().push(line);
             }
         });
         let field = |name: &str| {
             let field = ready.split(' ').find_map(|field| field.strip_prefix(name)).unwrap();
             field.parse().unwrap()
         };
-        Self { child, address: field("listen="), ops: field("ops=") }
+        Self { child, log, address: field("listen="), ops: field("ops=") }
+    }
+
+    /// Has it read its configuration again.
+    pub async fn hang_up(&self) {
+        assert!(Command::new("kill").args(["-HUP", &self.pid().to_string()]).status().await.unwrap().success());
+    }
+
+    /// What it has logged so far that holds this text.
+    pub fn lines(&self, text: &str) -> Vec<String> {
+        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).cloned().collect()
+    }
+
+    /// Waits until it has logged so many lines with this text.
+    pub async fn says(&self, text: &str, lines: usize) {
+        eventually(text, async || (self.lines(text).len() >= lines).then_some(())).await;
     }
 
     /// The daemon's process id.

@@ -29,7 +29,7 @@ use crate::config::{Config, ConfigFaults, Fault, KNOBS, Live, NoStateDir, Runnin
 use crate::edge::listener::{Listener, Places};
 use crate::edge::tls::{Tls, TlsError};
 use crate::ops::health::Health;
-use crate::ops::metrics::{Metrics, Reading, Readings, Value};
+use crate::ops::metrics::Metrics;
 use crate::protocol::ids::ExecutorId;
 use crate::registry::Registry;
 use crate::relay::link::CloseReason;
@@ -210,7 +210,8 @@ impl Gateway {
         })?;
         let health = Arc::new(Health {
             store,
-            registry: metrics.registry(readings(&api)),
+            metrics: metrics.printer(),
+            read: Box::new(asking(&api, read)),
             serving: AtomicBool::new(true),
             troubles: Box::new(asking(&api, troubles)),
             state: Box::new(asking(&api, overview)),
@@ -629,36 +630,42 @@ fn overview(api: &Api) -> serde_json::Value {
     })
 }
 
-fn readings(api: &Arc<Api>) -> Readings {
-    Arc::new(asking(api, |api| {
-        let tokens = api.corridor.auth.counters().snapshot();
-        let audit = api.audit.counts();
-        let counter = |name, help, value| Reading { name, help, value: Value::Counter(value) };
-        let gauge = |name, help, value: usize| Reading { name, help, value: Value::Gauge(value as u64) };
-        vec![
-            gauge("links", "Connected executors", api.corridor.registry.len()),
-            gauge("sessions", "Process sessions, ended ones that can still be read included", api.sessions.len()),
-            gauge("transfers", "Transfers that wait for a side or carry bytes", api.transfers.len()),
-            gauge("workspaces", "Workspaces in memory", api.workspaces.len()),
-            counter("workspaces_built", "Workspaces built on first use", api.workspaces.built()),
-            counter("workspaces_evicted", "Workspaces dropped when idle", api.workspaces.evicted()),
-            counter("token_hits", "Proxy tokens answered from memory", tokens.hits),
-            counter("token_negative_hits", "Refused proxy tokens answered from memory", tokens.negative_hits),
-            counter("token_misses", "Proxy tokens that had to be looked up", tokens.misses),
-            counter("token_stale", "Proxy tokens believed while the validator failed", tokens.stale),
-            counter("audit_records", "Records of the audit log that were written", audit.records),
-            counter("audit_missing", "Records of the audit log that could not be written", audit.missing),
-            counter("audit_refused", "Calls refused since they could not be recorded", audit.refused),
-            Reading { name: "audit_bytes", help: "Size of the audit log", value: Value::Gauge(audit.bytes) },
-            gauge("audit_failing", "Whether the audit log took no record when last tried", audit.failing.into()),
-            counter("reloads", "Reloads of the configuration", api.config.reloads.done.load(Ordering::Relaxed)),
-            counter(
-                "reloads_refused",
-                "Reloads that changed nothing, since something was wrong",
-                api.config.reloads.refused.load(Ordering::Relaxed),
-            ),
-            counter("upstream_requests", "Questions to the validator upstream", tokens.upstream_requests),
-            counter("upstream_failures", "Questions the validator upstream did not answer", tokens.upstream_failures),
-        ]
-    }))
+/// Sets the metrics that the parts know themselves.
+fn read(api: &Api) {
+    let (metrics, registry) = (&api.metrics, &api.corridor.registry);
+    metrics.read_process();
+    metrics.build_info.of([env!("CARGO_PKG_VERSION")]).set(1);
+    metrics.tasks.set(tokio::runtime::Handle::current().metrics().num_alive_tasks() as u64);
+
+    let workspaces = api.workspaces.all();
+    metrics.calls_open.set(workspaces.iter().map(|workspace| workspace.calls() as u64).sum());
+    metrics.workspaces.set(workspaces.len() as u64);
+    metrics.workspaces_built.set(api.workspaces.built());
+    metrics.workspaces_evicted.set(api.workspaces.evicted());
+    metrics.transfers.set(api.transfers.len() as u64);
+
+    let links = registry.links();
+    metrics.links.count(links.iter().map(|link| ([link.registration().transport.name()], 1)));
+
+    let sessions = api.sessions.all();
+    metrics.sessions.count(sessions.iter().map(|session| ([session.status().state.as_str()], 1)));
+
+    let tokens = api.corridor.auth.counters().snapshot();
+    metrics.token_hits.set(tokens.hits);
+    metrics.token_negative_hits.set(tokens.negative_hits);
+    metrics.token_misses.set(tokens.misses);
+    metrics.token_stale.set(tokens.stale);
+    metrics.upstream_requests.set(tokens.upstream_requests);
+    metrics.upstream_failures.set(tokens.upstream_failures);
+
+    let reloads = &api.config.reloads;
+    metrics.reloads.of(["done"]).set(reloads.done.load(Ordering::Relaxed));
+    metrics.reloads.of(["refused"]).set(reloads.refused.load(Ordering::Relaxed));
+
+    let audit = api.audit.counts();
+    metrics.audit_records.set(audit.records);
+    metrics.audit_missing.set(audit.missing);
+    metrics.audit_refused.set(audit.refused);
+    metrics.audit.set(audit.bytes);
+    metrics.audit_failing.set(audit.failing.into());
 }

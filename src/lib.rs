@@ -16,6 +16,7 @@ pub mod store;
 pub mod time;
 pub mod timing;
 pub mod tools;
+pub mod trace;
 pub mod transfer;
 pub mod workspace;
 

@@ -222,6 +222,11 @@ impl Registry {
         self.links.iter().map(|entry| entry.key().clone()).collect()
     }
 
+    /// Every link at this moment.
+    pub fn links(&self) -> Vec<LinkHandle> {
+        self.links.iter().map(|entry| entry.link.clone()).collect()
+    }
+
     /// How many executors are connected.
     pub fn len(&self) -> usize {
         self.links.len()

@@ -9,22 +9,63 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// The phases of one request that is under way; clones count together.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Timing(Arc<Phases>);
 
-#[derive(Debug)]
 struct Phases {
     started: Instant,
     auth: AtomicU64,
     queue: AtomicU64,
     executor: AtomicU64,
+    observed: Option<(Arc<dyn Observer>, &'static str)>,
+}
+
+/// Where time goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// The check of the credential.
+    Auth,
+    /// All that is none of the others: the gateway's own part, the reading of the request included.
+    Route,
+    /// The wait for a ready conversation with the executor.
+    Queue,
+    /// The executor's work.
+    Executor,
+}
+
+impl Phase {
+    /// Their names, in their order.
+    pub const NAMES: &[&str] = &["auth", "route", "queue", "executor"];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        Self::NAMES[self as usize]
+    }
+}
+
+/// The phases of a request with the time that each took.
+pub type Spent = [(Phase, Duration); Phase::NAMES.len()];
+
+/// Is told of requests that have ended.
+pub trait Observer: Send + Sync {
+    /// One that came by this door, once nobody works on it any more.
+    fn ended(&self, door: &'static str, spent: Spent);
 }
 
 impl Timing {
     /// A request that begins now.
     pub fn start() -> Self {
+        Self::with(None)
+    }
+
+    /// The same by this door; the observer is told when the last clone is dropped.
+    pub fn observed(door: &'static str, by: Arc<dyn Observer>) -> Self {
+        Self::with(Some((by, door)))
+    }
+
+    fn with(observed: Option<(Arc<dyn Observer>, &'static str)>) -> Self {
         let zero = AtomicU64::default;
-        Self(Arc::new(Phases { started: Instant::now(), auth: zero(), queue: zero(), executor: zero() }))
+        Self(Arc::new(Phases { started: Instant::now(), auth: zero(), queue: zero(), executor: zero(), observed }))
     }
 
     /// When the request began.
@@ -63,17 +104,31 @@ fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// As the header has it: milliseconds so far. `route` is all that is none of the others, the gateway's own part, the
-/// reading of the request included.
+impl Phases {
+    /// The time so far.
+    fn spent(&self) -> Spent {
+        let of = |phase: &AtomicU64| Duration::from_nanos(phase.load(Relaxed));
+        let (auth, queue, executor) = (of(&self.auth), of(&self.queue), of(&self.executor));
+        let route = self.started.elapsed().saturating_sub(auth + queue + executor);
+        [(Phase::Auth, auth), (Phase::Route, route), (Phase::Queue, queue), (Phase::Executor, executor)]
+    }
+}
+
+impl Drop for Phases {
+    fn drop(&mut self) {
+        if let Some((observer, door)) = &self.observed {
+            observer.ended(door, self.spent());
+        }
+    }
+}
+
+/// As the header has it: milliseconds so far.
 impl fmt::Display for Timing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let of = |phase: &AtomicU64| phase.load(Relaxed);
-        let (auth, queue, executor) = (of(&self.0.auth), of(&self.0.queue), of(&self.0.executor));
-        let route = nanos(self.0.started.elapsed()).saturating_sub(auth + queue + executor);
         let mut comma = "";
-        for (name, nanos) in [("auth", auth), ("route", route), ("queue", queue), ("executor", executor)] {
-            let micros = nanos / 1000;
-            write!(f, "{comma}{name};dur={}.{:03}", micros / 1000, micros % 1000)?;
+        for (phase, time) in self.0.spent() {
+            let micros = time.as_micros();
+            write!(f, "{comma}{};dur={}.{:03}", phase.name(), micros / 1000, micros % 1000)?;
             comma = ", ";
         }
         Ok(())

@@ -89,6 +89,16 @@ pub struct Order {
     pub bytes_max: Option<u64>,
 }
 
+/// A transfer that was made.
+pub struct Created {
+    /// What its two clients show.
+    pub ticket: Zeroizing<String>,
+    /// How long they have to meet.
+    pub ttl: Duration,
+    /// The transfer.
+    pub transfer: Arc<Transfer>,
+}
+
 /// Every transfer of the gateway.
 pub struct Transfers {
     settings: Live<config::Transfers>,
@@ -98,6 +108,7 @@ pub struct Transfers {
 
 /// One transfer.
 pub struct Transfer {
+    name: String,
     order: Order,
     ends: Instant,
     /// Cancelled when the right to it is taken away.
@@ -172,7 +183,7 @@ impl Transfers {
     ///
     /// # Errors
     /// [`TransferError::TooMany`].
-    pub fn create(&self, order: Order) -> Result<(Zeroizing<String>, Duration), TransferError> {
+    pub fn create(&self, order: Order) -> Result<Created, TransferError> {
         let settings = self.settings.now();
         let ttl_max = Duration::from_secs(settings.ticket_ttl_max_secs);
         let ttl = order.ttl.unwrap_or(Duration::from_secs(settings.ticket_ttl_secs)).min(ttl_max);
@@ -180,6 +191,7 @@ impl Transfers {
         getrandom::fill(&mut *random).expect("the system has random numbers");
         let ticket = Zeroizing::new(format!("{TICKET_PREFIX}{}", URL_SAFE_NO_PAD.encode(*random)));
         let transfer = Transfer {
+            name: format!("xfer_{}", uuid::Uuid::new_v4().simple()),
             ends: Instant::now() + ttl,
             withdrawn: CancellationToken::new(),
             meeting: Mutex::new(Meeting::Nobody),
@@ -199,8 +211,9 @@ impl Transfers {
         if over.len() >= max {
             table.retain(|_, known| !(known.order.workspace == transfer.order.workspace && known.is_over()));
         }
-        table.insert(digest(&ticket), Arc::new(transfer));
-        Ok((ticket, ttl))
+        let transfer = Arc::new(transfer);
+        table.insert(digest(&ticket), transfer.clone());
+        Ok(Created { ticket, ttl, transfer })
     }
 
     /// The transfer of a ticket; of this workspace, where the caller shows who it is.
@@ -244,6 +257,16 @@ impl Transfers {
 }
 
 impl Transfer {
+    /// What it was made for.
+    pub fn order(&self) -> &Order {
+        &self.order
+    }
+
+    /// What records call it; its ticket cannot be told from that.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Bytes it carries at most.
     pub fn bytes_max(&self) -> u64 {
         self.order.bytes_max.unwrap_or(u64::MAX)

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use exec_gateway::admin::{Request, Response};
 use exec_gateway::audit::{Act, Audit, AuditReader, DIRECTORY, Outcome, verify};
-use exec_gateway::config;
+use exec_gateway::config::{self, Secret};
 use exec_gateway::protocol::ids::{ExecutorId, UserId, WorkspaceId};
 use futures_util::{SinkExt, StreamExt};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
@@ -20,8 +20,10 @@ use tokio::process::Command;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::support::gateway::workspace;
-use crate::support::harness::dial;
-use crate::support::{Caller, DaemonProcess, Harness, Mcp, Scratch, TestGateway, Tongue, Workbench, eventually};
+use crate::support::harness::{HarnessKeys, connect, dial};
+use crate::support::{
+    Caller, DaemonProcess, FakeExecutor, Harness, Mcp, Scratch, TestGateway, Tongue, Workbench, eventually,
+};
 
 /// What must not be found in any record.
 const SECRET: &str = "s3cret-hunter2";
@@ -163,6 +165,49 @@ async fn files_over_http_are_on_record_with_their_bytes_and_without_their_conten
         ends.collect::<Option<Vec<_>>>()
     });
     assert_eq!(both.await, ["ok", "file_not_found"]);
+}
+
+#[tokio::test]
+async fn a_transfer_is_on_record_with_its_bytes_and_without_its_ticket() {
+    let gateway = TestGateway::with(|config| config.auth.shared_secret = Some(Secret::new(SECRET.into()))).await;
+    let (from, to) = (gateway.executor("w", "from").await.executor, gateway.executor("w", "to").await.executor);
+    let service = Caller::new(gateway.address(), Some(SECRET.into()));
+    let order = json!({ "workspace_id": "w", "source_exe_id": from, "dest_exe_id": to });
+    let ticket = service.post("/api/exec-gateway/relay/create", order).await.json()["ticket"].clone();
+    let ticket = ticket.as_str().unwrap();
+    let client = Caller::new(gateway.address(), Some(ticket.into()));
+    let path = format!("/relay/{ticket}");
+
+    let (put, get) = tokio::join!(client.send("PUT", &path, &[], "12345"), client.send("GET", &path, &[], ""));
+
+    assert_eq!((put.status.as_u16(), &get.body[..]), (200, &b"12345"[..]));
+    let (made, end) = act(&gateway.state, "transfer.create").await;
+    let ends = json!({ "source": from, "destination": to });
+    assert_eq!((&made["credential"], &made["workspace"], &made["what"]), (&json!("service"), &json!("w"), &ends));
+    let name = &end["transfer"];
+    for (action, bytes) in [("transfer.put", json!(5)), ("transfer.get", Value::Null)] {
+        let (begin, end) = act(&gateway.state, action).await;
+        let what = json!({ "source": from, "destination": to, "transfer": name });
+        assert_eq!((&begin["credential"], &begin["workspace"], &begin["what"]), (&json!("ticket"), &json!("w"), &what));
+        assert_eq!((&end["outcome"], &end["bytes_in"]), (&json!("ok"), &bytes), "{action}");
+    }
+    let files = std::fs::read_dir(directory(&gateway.state)).unwrap();
+    let text: String = files.map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap()).collect();
+    assert!(!text.contains("rly_") && !text.contains(SECRET), "{text}");
+}
+
+#[tokio::test]
+async fn a_harness_that_asks_for_the_way_is_on_record() {
+    let gateway = TestGateway::start().await;
+    let credentials = gateway.executor("w", "box").await;
+    let _executor = FakeExecutor::connected(&gateway, &credentials).await;
+    let caller = gateway.caller("w").await;
+
+    connect(&caller, &credentials.executor, &HarnessKeys::new()).await;
+
+    let (asked, end) = act(&gateway.state, "harness.connect").await;
+    assert_eq!((&asked["environment"], &asked["executor"]), (&json!("box"), &json!(credentials.executor)));
+    assert_eq!(end["outcome"], "ok");
 }
 
 #[tokio::test(flavor = "multi_thread")]

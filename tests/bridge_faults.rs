@@ -43,7 +43,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use exec_gateway::admin::{Request, Response};
-use exec_gateway::ops::metrics::OutcomeLabel;
 use exec_gateway::protocol::cap_token::{self, CapClaims};
 use exec_gateway::protocol::frame::{Body, Data, Frame, StreamId};
 use exec_gateway::protocol::harness_token::{self, HarnessClaims, KeyDigest};
@@ -267,7 +266,7 @@ async fn a_harness_that_answers_no_ping_for_too_long_is_gone() {
     let mut talking = scene.harness(&scene.caller, Tongue::Frames).await;
     let gone = async {
         eventually("all silent ones are gone", async || {
-            (ends.get_or_create(&OutcomeLabel { outcome: "silent" }).get() == silent.len() as u64).then_some(())
+            (ends.of(["silent"]).get() == silent.len() as u64).then_some(())
         })
         .await;
     };

@@ -7,7 +7,6 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use exec_gateway::admin::Request;
 use exec_gateway::config::Secret;
-use exec_gateway::ops::metrics::OutcomeLabel;
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, WorkspaceId};
 use serde_json::json;
 
@@ -389,7 +388,7 @@ async fn a_process_that_does_not_read_stops_its_own_stdin_and_nobody_else() {
     })
     .await;
     let links = &gateway.gateway.api().metrics.links_ended;
-    let stalled = links.get_or_create(&OutcomeLabel { outcome: "stalled" }).get();
+    let stalled = links.of(["stalled"]).get();
     assert_eq!(stalled, 1, "the socket was given up once");
     assert_eq!(session.post("terminate", json!({})).await.status, 200);
     assert_eq!(session.read_all().await.last["exit_code"], 137);

@@ -3,7 +3,6 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use exec_gateway::ops::metrics::OutcomeLabel;
 use exec_gateway::protocol::frame::{Body, Data, Frame, StreamId};
 use exec_gateway::protocol::ids::ExecutorId;
 use exec_gateway::protocol::ticket;
@@ -477,7 +476,7 @@ async fn an_executor_that_never_reads_loses_its_link_and_the_others_wait_for_not
     }
     assert!(served > 0);
     let ends = &scene.gateway.gateway.api().metrics.links_ended;
-    assert_eq!(ends.get_or_create(&OutcomeLabel { outcome: "write_timeout" }).get(), 1);
+    assert_eq!(ends.of(["write_timeout"]).get(), 1);
     assert!(scene.caller.environments().await.is_empty());
     assert!(!neighbour.link.is_ended());
 }

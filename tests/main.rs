@@ -38,4 +38,5 @@ mod shell;
 mod tenancy;
 mod tls;
 mod tokens;
+mod trace;
 mod transfer;

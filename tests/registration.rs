@@ -5,7 +5,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use exec_gateway::admin::Request;
 use exec_gateway::config::Config;
-use exec_gateway::ops::metrics::OutcomeLabel;
 use exec_gateway::protocol::harness_token::{self, HarnessClaims, KeyDigest};
 use exec_gateway::protocol::ids::{EnvironmentName, ExecutorId, RegistrationId, UserId, WorkspaceId};
 use exec_gateway::protocol::rest::{HarnessKey, KeyBytes};
@@ -363,10 +362,7 @@ async fn a_plain_executor_waits_for_the_place_of_another_process() {
 /// Waits until a register was held for the whole time and then refused.
 async fn refused_once(gateway: &TestGateway, outcome: &'static str) {
     let registrations = &gateway.gateway.api().metrics.registrations;
-    eventually("a register is refused", async || {
-        (registrations.get_or_create(&OutcomeLabel { outcome }).get() > 0).then_some(())
-    })
-    .await;
+    eventually("a register is refused", async || (registrations.of([outcome]).get() > 0).then_some(())).await;
 }
 
 async fn assert_connects(executor: &mut CodexExecutor, caller: &Caller) {

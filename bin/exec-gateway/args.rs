@@ -86,7 +86,7 @@ pub enum Command {
     /// List and rotate the gateway's own keys
     #[command(subcommand)]
     Key(Key),
-    /// Write man pages or shell completions, for packages
+    /// Write man pages, shell completions or the page of metrics, for packages
     #[command(hide = true)]
     Generate {
         /// What to write

@@ -1,5 +1,5 @@
 //! The `generate` command: man pages and shell completions for packages, made of the command line's own definition and
-//! of the table of knobs. It writes into the directory that it is given and nowhere else.
+//! of the table of knobs, and the page of metrics. It writes into the directory that it is given and nowhere else.
 
 use std::fs::File;
 use std::path::Path;
@@ -10,6 +10,7 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, italic, roman};
 use exec_gateway::config::{Config, KNOBS, Knob};
+use exec_gateway::ops::metrics::Metric;
 
 use crate::args::{self, Cli};
 
@@ -23,6 +24,8 @@ pub enum Generated {
     Man,
     /// Completions for bash, zsh and fish
     Completions,
+    /// METRICS.md: what /metrics prints
+    Metrics,
 }
 
 /// Writes the files of one kind into `directory`, which is made if it is not there.
@@ -35,6 +38,7 @@ pub fn run(what: Generated, directory: &Path) -> anyhow::Result<()> {
         match what {
             Generated::Man => man(directory),
             Generated::Completions => completions(directory),
+            Generated::Metrics => std::fs::write(directory.join("METRICS.md"), Metric::page()),
         }
     };
     write().with_context(|| format!("{} cannot be written", directory.display()))

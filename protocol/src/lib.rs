@@ -14,6 +14,7 @@ pub mod path;
 pub mod rest;
 pub mod rpc;
 pub mod ticket;
+pub mod trace;
 
 // The fuzz targets name the crate from outside, here as under cargo-fuzz.
 #[cfg(test)]

@@ -13,6 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 use crate::path::FileUri;
+use crate::trace::TraceContext;
 
 /// The request is malformed, comes at the wrong moment, or concerns something unusual.
 pub const INVALID_REQUEST: i64 = -32600;
@@ -261,18 +262,20 @@ impl<'de> Visitor<'de> for Checked {
     }
 }
 
-/// A request as bytes.
+/// A request as bytes, with the trace that it belongs to.
 ///
 /// # Panics
 /// When `params` refuses to become JSON; no type of this module, no `Value` and no `RawValue` does.
-pub fn encode_request(id: i64, method: &str, params: &impl Serialize) -> Vec<u8> {
+pub fn encode_request(id: i64, method: &str, params: &impl Serialize, trace: Option<&TraceContext>) -> Vec<u8> {
     #[derive(Serialize)]
     struct Request<'a, P> {
         id: i64,
         method: &'a str,
         params: &'a P,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        trace: Option<&'a TraceContext>,
     }
-    json(&Request { id, method, params })
+    json(&Request { id, method, params, trace })
 }
 
 /// A notification as bytes.
@@ -1059,7 +1062,7 @@ mod tests {
             }),
             sandbox: None,
         };
-        let text = String::from_utf8(encode_request(2, ProcessStart::NAME, &start)).unwrap();
+        let text = String::from_utf8(encode_request(2, ProcessStart::NAME, &start, None)).unwrap();
         assert_eq!(
             text,
             concat!(
@@ -1070,7 +1073,7 @@ mod tests {
         );
         let hello = Initialize { client_name: "gw".into(), resume_session_id: None };
         assert_eq!(
-            encode_request(1, Initialize::NAME, &hello),
+            encode_request(1, Initialize::NAME, &hello, None),
             br#"{"id":1,"method":"initialize","params":{"clientName":"gw","resumeSessionId":null}}"#
         );
         assert_eq!(encode_notification(INITIALIZED, &Nothing {}), br#"{"method":"initialized","params":{}}"#);

@@ -12,7 +12,6 @@ use crate::auth::Principal;
 use crate::protocol::rest::{Content, ToolResult};
 use crate::session::Session;
 use crate::tools::Tool;
-use crate::workspace::Workspace;
 
 /// Arguments that say what is done. Not among them: what is written, and values of variables.
 const RECORDED: [&str; 22] = [
@@ -82,27 +81,13 @@ pub(super) async fn recorded<T>(
 pub(super) async fn tool_call(
     api: &Api,
     act: Act,
-    workspace: &Workspace,
     tool: &'static Tool,
-    environment: Option<&str>,
     arguments: &Value,
 ) -> Result<(Option<Entry>, u64), ApiError> {
     if UNRECORDED.contains(&tool.name()) {
         return Ok((None, 0));
     }
     let mut act = act.with_tool(tool.name()).about(details(arguments));
-    let binding = match environment {
-        Some(name) => {
-            act = act.at(name);
-            workspace.environment(name).await.ok()
-        }
-        None if tool.needs_environment() => workspace.default_environment().await.ok(),
-        None => None,
-    };
-    // One that cannot be found is the call's to tell.
-    if let Some(binding) = binding {
-        act = act.at(binding.name().as_str()).on(binding.executor());
-    }
     if tool.name() == ENDING {
         act = act.always();
     }

@@ -6,29 +6,44 @@ use std::sync::Arc;
 use hyper::HeaderMap;
 use serde_json::Value;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use super::Api;
 use super::audited;
 use super::error::ApiError;
 use crate::audit::Act;
-use crate::auth::{Principal, Revocations, bearer};
-use crate::ops::metrics::CallLabels;
+use crate::auth::{AuthError, Principal, Revocations, bearer};
 use crate::protocol::rest::{Ran, ToolResult};
 use crate::timing::Timing;
 use crate::tools::{Call, Effect, Progress, Tool};
 use crate::workspace::{CallPlace, Workspace};
 
+/// What the audit calls a tool call.
+pub(super) const TOOL_CALL: &str = "tool.call";
+
 /// A caller that is known, and its place among the calls of its workspace.
 pub(super) struct Admitted {
-    principal: Principal,
-    workspace: Arc<Workspace>,
+    pub(super) principal: Principal,
+    pub(super) workspace: Arc<Workspace>,
     /// The call as it is recorded, so far.
-    act: Act,
+    pub(super) act: Act,
     timing: Timing,
+    pub(super) right: Right,
+    pub(super) place: Option<CallPlace>,
+}
+
+/// The right under which a call runs.
+pub(super) struct Right {
     bearer: Zeroizing<String>,
     revocations: Revocations,
-    place: Option<CallPlace>,
+}
+
+impl Right {
+    /// Waits for the end of the right, and says why it ended.
+    pub(super) async fn ended(self) -> AuthError {
+        self.revocations.end_of(&self.bearer).await
+    }
 }
 
 /// What a caller wants done.
@@ -53,23 +68,28 @@ impl Admitted {
     /// # Errors
     /// [`ApiError`] of the gateway that drains, of the credential, or 429 `too_many_calls`.
     pub(super) async fn admit(api: &Api, headers: &HeaderMap, timing: Timing) -> Result<Self, ApiError> {
-        let mut known = Self::known(api, headers, timing).await?;
+        let mut known = Self::known(api, TOOL_CALL, headers, timing).await?;
         known.take_place()?;
         Ok(known)
     }
 
-    /// Checks the caller's credential.
+    /// Checks the credential of a caller who is about to do `action`, as the audit calls it.
     ///
     /// # Errors
     /// [`ApiError`] of the gateway that drains, or of the credential.
-    pub(super) async fn known(api: &Api, headers: &HeaderMap, timing: Timing) -> Result<Self, ApiError> {
+    pub(super) async fn known(
+        api: &Api,
+        action: &'static str,
+        headers: &HeaderMap,
+        timing: Timing,
+    ) -> Result<Self, ApiError> {
         api.refuse_while_draining()?;
         let revocations = api.corridor.auth.revocations();
         let bearer = Zeroizing::new(bearer(headers)?.to_owned());
         let principal = timing.auth(api.corridor.auth.principal(&bearer)).await?;
         let workspace = api.workspaces.get(&principal);
-        let act = audited::act("tool.call", &principal, headers);
-        Ok(Self { principal, workspace, act, timing, bearer, revocations, place: None })
+        let act = audited::act(action, &principal, headers);
+        Ok(Self { principal, workspace, act, timing, right: Right { bearer, revocations }, place: None })
     }
 
     /// Takes a place among the calls of the workspace.
@@ -79,11 +99,6 @@ impl Admitted {
     pub(super) fn take_place(&mut self) -> Result<(), ApiError> {
         self.place = Some(self.workspace.begin_call()?);
         Ok(())
-    }
-
-    /// Who calls.
-    pub(super) fn principal(&self) -> &Principal {
-        &self.principal
     }
 
     /// The tools that the caller may call.
@@ -105,30 +120,43 @@ impl Admitted {
         Err(ApiError::new(403, "forbidden", format!("the token may only read, and {name} does more")))
     }
 
+    /// What the tools, or the streams of a file, are given of it; it began now.
+    pub(super) fn call(&self, api: &Api) -> Call {
+        Call {
+            workspace: self.workspace.clone(),
+            settings: api.tools.now(),
+            started: Instant::now(),
+            sessions: api.sessions.clone(),
+            key: None,
+            draining: api.draining.clone(),
+            progress: None,
+            text_bytes_max: None,
+            timing: self.timing.clone(),
+        }
+    }
+
     /// Runs the call to its end, or to that of the caller's right. Dropping the future ends what it started on the
     /// executor.
     ///
     /// # Errors
     /// [`ApiError`] where there is no result of the tool.
     pub(super) async fn run(self, api: Arc<Api>, order: Order) -> Result<ToolResult, ApiError> {
-        let Self { principal: _, workspace, act, timing, bearer, revocations, place } = self;
         let Order { tool, environment, key, arguments, text_bytes_max, progress } = order;
-        let begun = audited::tool_call(&api, act, &workspace, tool, environment.as_deref(), &arguments).await;
-        let (entry, bytes_in) = begun?;
-        let call = Call {
-            workspace,
-            settings: api.tools.now(),
-            started: tokio::time::Instant::now(),
-            sessions: api.sessions.clone(),
-            key,
-            draining: api.draining.clone(),
-            progress,
-            text_bytes_max,
-            timing,
+        let call = Call { key, text_bytes_max, progress, ..self.call(&api) };
+        let started = call.started;
+        let Self { principal: _, workspace: _, act, timing: _, right, place } = self;
+        // One that cannot be found is told as the result, and recorded by the name that the caller gave.
+        let binding = tool.environment(&call, environment.as_deref()).await;
+        let act = match &binding {
+            Ok(Some(binding)) => act.at(binding.name().as_str()).on(binding.executor()),
+            Ok(None) => act,
+            Err(_) => environment.iter().fold(act, |act, name| act.at(name)),
         };
+        let (entry, bytes_in) = audited::tool_call(&api, act, tool, &arguments).await?;
+        let work = async { tool.call(&call, binding?.as_ref(), arguments).await };
         let result = tokio::select! {
-            result = tool.call(&call, environment.as_deref(), arguments) => result.map_err(ApiError::from),
-            refused = revocations.end_of(&bearer) => Err(ApiError::from(refused).with_ran(Ran::Unknown)),
+            result = work => result.map_err(ApiError::from),
+            refused = right.ended() => Err(ApiError::from(refused).with_ran(Ran::Unknown)),
         };
         drop(place);
         if let Some(entry) = entry {
@@ -139,7 +167,8 @@ impl Admitted {
             Ok(_) => "ok",
             Err(error) => error.code(),
         };
-        api.metrics.calls.get_or_create(&CallLabels { tool: tool.name(), outcome }).inc();
+        api.metrics.calls.of([tool.name(), outcome]).inc();
+        api.metrics.call_duration.of([tool.name()]).observe(started.elapsed());
         result
     }
 }

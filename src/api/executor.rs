@@ -27,7 +27,6 @@ use crate::edge::body::{self, Body};
 use crate::edge::peer;
 use crate::edge::tls::ClientCertified;
 use crate::edge::upgrade::{self, SocketLimits};
-use crate::ops::metrics::OutcomeLabel;
 use crate::protocol::ids::{ExecutorId, RegistrationId};
 use crate::protocol::rest::{
     DIRECT_TRANSPORT, RegisterRequest, RegisterResponse, SECURITY_PROFILE, ValidateRequest, ValidateResponse,
@@ -156,7 +155,7 @@ pub async fn register(
         Ok(_) => "ok",
         Err(error) => error.code(),
     };
-    api.metrics.registrations.get_or_create(&OutcomeLabel { outcome }).inc();
+    api.metrics.registrations.of([outcome]).inc();
     result
 }
 
@@ -516,7 +515,7 @@ async fn serve_link(
         drop(place);
         tracing::info!(%executor, ?end, "executor disconnected");
         entry.end(Outcome::new(end_reason(end)));
-        api.metrics.links_ended.get_or_create(&OutcomeLabel { outcome: end_label(end) }).inc();
+        api.metrics.links_ended.of([end_reason(end)]).inc();
         seen(&api, &executor).await;
     });
     Ok(response)
@@ -588,24 +587,17 @@ fn register_again(direct: bool, reason: &'static str) -> ApiError {
     ApiError::new(status, code, "register again").with_header(REJECTION_REASON, HeaderValue::from_static(reason))
 }
 
-fn end_label(end: LinkEnd) -> &'static str {
+/// How a link ended, and where we closed it, why.
+fn end_reason(end: LinkEnd) -> &'static str {
     match end {
         LinkEnd::Peer => "peer",
         LinkEnd::Silent => "silent",
         LinkEnd::WriteTimeout => "write_timeout",
         LinkEnd::Failed => "failed",
         LinkEnd::Stalled => "stalled",
-        LinkEnd::Closed(_) => "closed",
-    }
-}
-
-/// As [`end_label`], and why we closed it.
-fn end_reason(end: LinkEnd) -> &'static str {
-    match end {
         LinkEnd::Closed(CloseReason::Draining) => "draining",
         LinkEnd::Closed(CloseReason::Replaced) => "replaced",
         LinkEnd::Closed(CloseReason::Deleted) => "deleted",
-        end => end_label(end),
     }
 }
 

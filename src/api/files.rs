@@ -18,91 +18,72 @@ use hyper::header::{
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde_json::json;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout};
-use zeroize::Zeroizing;
+use tokio::time::timeout;
 
+use super::calls::Admitted;
 use super::error::ApiError;
 use super::transfer::next;
 use super::{Api, audited, json, query_parameter, read_only, timing};
 use crate::audit::{Act, Entry, Outcome};
-use crate::auth::{Principal, Revocations, bearer};
+use crate::auth::Principal;
 use crate::edge::body::{Body, BodyError, full};
 use crate::edge::pipe::pipe;
+use crate::store::Binding;
 use crate::tools::{Call, Download, Upload, Uploaded};
-use crate::workspace::CallPlace;
 
 /// Blocks between an executor and its caller, besides those that are being read.
 const BLOCKS: usize = 1;
 
 /// A caller at a file.
-struct Admitted {
-    principal: Principal,
+struct Visit {
+    admitted: Admitted,
     call: Call,
+    binding: Binding,
     path: String,
-    bearer: Zeroizing<String>,
-    revocations: Revocations,
-    place: CallPlace,
 }
 
-async fn admitted<B>(api: &Api, request: &Request<B>, may: impl Fn(&Principal) -> bool) -> Result<Admitted, ApiError> {
-    api.refuse_while_draining()?;
-    let revocations = api.corridor.auth.revocations();
-    let bearer = Zeroizing::new(bearer(request.headers())?.to_owned());
-    let timing = timing(request);
-    let principal = timing.auth(api.corridor.auth.principal(&bearer)).await?;
-    if !may(&principal) {
-        return Err(read_only());
+impl Visit {
+    /// A caller who may do `action`, at the file of the query.
+    async fn begin<B>(
+        api: &Api,
+        action: &'static str,
+        may: impl FnOnce(&Principal) -> bool,
+        environment: &str,
+        request: &Request<B>,
+    ) -> Result<Self, ApiError> {
+        let mut admitted = Admitted::known(api, action, request.headers(), timing(request)).await?;
+        if !may(&admitted.principal) {
+            return Err(read_only());
+        }
+        let path = query_parameter(request.uri().query().unwrap_or_default(), "path")
+            .ok_or_else(|| ApiError::new(400, "bad_arguments", "path: is missing from the query, or no UTF-8"))?;
+        admitted.take_place()?;
+        let call = admitted.call(api);
+        let binding = admitted.workspace.environment(environment).await?;
+        Ok(Self { admitted, call, binding, path })
     }
-    let path = query_parameter(request.uri().query().unwrap_or_default(), "path")
-        .ok_or_else(|| ApiError::new(400, "bad_arguments", "path: is missing from the query, or no UTF-8"))?;
-    let workspace = api.workspaces.get(&principal);
-    let place = workspace.begin_call()?;
-    let call = Call {
-        workspace,
-        settings: api.tools.now(),
-        started: Instant::now(),
-        sessions: api.sessions.clone(),
-        key: None,
-        draining: api.draining.clone(),
-        progress: None,
-        text_bytes_max: None,
-        timing: timing.clone(),
-    };
-    Ok(Admitted { principal, call, path, bearer, revocations, place })
-}
 
-/// What is about to be done with the file, as it is recorded.
-async fn act(
-    action: &'static str,
-    admitted: &Admitted,
-    headers: &HeaderMap,
-    environment: &str,
-) -> Result<Act, ApiError> {
-    let binding = admitted.call.workspace.environment(environment).await?;
-    let act = audited::act(action, &admitted.principal, headers).at(environment).on(binding.executor());
-    Ok(act.about(json!({ "path": admitted.path })))
+    /// What is about to be done with the file, as it is recorded.
+    fn act(&self) -> Act {
+        let act = self.admitted.act.clone().at(self.binding.name().as_str()).on(self.binding.executor());
+        act.about(json!({ "path": self.path }))
+    }
 }
 
 /// `GET` and `HEAD …/envs/{name}/files?path=`
 pub async fn get(api: &Arc<Api>, environment: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let admitted = admitted(api, &request, |_| true).await?;
-    let entry = api.audit.begin(act("file.get", &admitted, request.headers(), environment).await?).await?;
-    let answer = send(admitted, environment, &request, entry).await;
-    answer.map_err(|(error, entry)| {
+    let visit = Visit::begin(api, "file.get", |_| true, environment, &request).await?;
+    let entry = api.audit.begin(visit.act()).await?;
+    send(visit, &request, entry).await.map_err(|(error, entry)| {
         entry.end(audited::failed(&error));
         error
     })
 }
 
 /// The file, or the part of it that is wanted. The record of it ends with its last byte.
-async fn send(
-    admitted: Admitted,
-    environment: &str,
-    request: &Request<Incoming>,
-    entry: Entry,
-) -> Result<Response<Body>, (ApiError, Entry)> {
-    let Admitted { principal: _, call, path, bearer, revocations, place } = admitted;
-    let download = match Download::of(call, environment, &path).await {
+async fn send(visit: Visit, request: &Request<Incoming>, entry: Entry) -> Result<Response<Body>, (ApiError, Entry)> {
+    let Visit { admitted: Admitted { right, place, .. }, call, binding, path } = visit;
+    let download = match Download::of(call, binding, &path).await {
         Ok(download) => download,
         Err(error) => return Err((error.into(), entry)),
     };
@@ -149,7 +130,7 @@ async fn send(
             };
             let whole = tokio::select! {
                 whole = moved => whole,
-                _ = revocations.end_of(&bearer) => None,
+                _ = right.ended() => None,
             };
             let outcome = if whole.is_some() { "ok" } else { "broken_off" };
             entry.end(Outcome::new(outcome).bytes(0, sent.load(Relaxed)));
@@ -182,9 +163,10 @@ async fn send(
 
 /// `PUT …/envs/{name}/files?path=&create_parents=&mode=`
 pub async fn put(api: &Arc<Api>, environment: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let admitted = admitted(api, &request, |principal| !principal.scopes().read_only).await?;
-    let act = act("file.put", &admitted, request.headers(), environment).await?;
-    let written = receive(api, admitted, environment, request);
+    let may = |principal: &Principal| !principal.scopes().read_only;
+    let visit = Visit::begin(api, "file.put", may, environment, &request).await?;
+    let act = visit.act();
+    let written = receive(api, visit, request);
     let written = audited::recorded(api, act, written, |written| Outcome::new("ok").bytes(written.bytes, 0)).await?;
     let mut answer = json(&json!({
         "bytes": written.bytes, "sha256": written.sha256, "atomic": written.atomic, "created": written.created,
@@ -197,13 +179,8 @@ pub async fn put(api: &Arc<Api>, environment: &str, request: Request<Incoming>) 
     Ok(answer)
 }
 
-async fn receive(
-    api: &Api,
-    admitted: Admitted,
-    environment: &str,
-    request: Request<Incoming>,
-) -> Result<Uploaded, ApiError> {
-    let Admitted { principal: _, call, path, bearer, revocations, place: _place } = admitted;
+async fn receive(api: &Api, visit: Visit, request: Request<Incoming>) -> Result<Uploaded, ApiError> {
+    let Visit { admitted, call, binding, path } = visit;
     let query = request.uri().query().unwrap_or_default();
     let parents = match query_parameter(query, "create_parents").as_deref() {
         None | Some("false" | "0") => false,
@@ -240,10 +217,10 @@ async fn receive(
             }
         }
     };
-    let written = upload.write(&call, environment, content).map(|written| written.map_err(ApiError::from));
+    let written = upload.write(&call, &binding, content).map(|written| written.map_err(ApiError::from));
     let ((), written) = tokio::select! {
         both = async { tokio::try_join!(sent, written) } => both?,
-        refused = revocations.end_of(&bearer) => return Err(refused.into()),
+        refused = admitted.right.ended() => return Err(refused.into()),
     };
     Ok(written)
 }

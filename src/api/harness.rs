@@ -19,7 +19,6 @@ use crate::auth::{AuthError, CredentialId, Principal, bearer};
 use crate::edge::body::{self, Body};
 use crate::edge::peer;
 use crate::edge::upgrade::{self, SocketLimits, SocketStream as HarnessStream};
-use crate::ops::metrics::OutcomeLabel;
 use crate::protocol::frame::StreamId;
 use crate::protocol::harness_token::{HarnessClaims, KeyDigest};
 use crate::protocol::ids::{ExecutorId, WorkspaceId};
@@ -134,6 +133,8 @@ async fn way(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Res
     let link = link(api, &binding).await?;
     let registration = link.registration();
     let executor_public_key = public_key(registration).ok_or_else(not_encrypted)?;
+    let asked = act("harness.connect", &principal, &head.headers).at(binding.name().as_str()).on(binding.executor());
+    api.audit.begin(asked).await?.end(Outcome::new("ok"));
     let harness = api.corridor.auth.harness();
     let authorization = harness.mint(workspace.id(), &registration.executor, &registration.id, &key.digest());
     // For our door alone: the authorization is shown to the executor too, and tells nothing about the caller.
@@ -222,7 +223,7 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
             }
         };
         tracing::debug!(executor = %binding.executor(), workspace = %workspace.id(), ?end, "harness socket ended");
-        api.metrics.harnesses_ended.get_or_create(&OutcomeLabel { outcome: end.label() }).inc();
+        api.metrics.harnesses_ended.of([end.label()]).inc();
         entry.end(outcome(end, socket.passed()));
         socket.close(end).await;
     });

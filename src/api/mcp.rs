@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::server::Server;
-use super::calls::Admitted;
+use super::calls::{Admitted, TOOL_CALL};
 use super::error::ApiError;
 use super::{Api, http_base, json as json_answer, json_line, late, timing};
 use crate::edge::body::{self, Body, BodyError};
@@ -104,7 +104,7 @@ impl Drop for Listed {
 fn client(admitted: &Admitted, headers: &HeaderMap) -> String {
     let name = headers.get(SESSION_ID).map(HeaderValue::as_bytes).unwrap_or_default();
     let name = String::from_utf8_lossy(&name[..name.len().min(SESSION_ID_BYTES_MAX)]);
-    format!("{}\n{}\n{name}", admitted.principal().workspace(), admitted.principal().credential())
+    format!("{}\n{}\n{name}", admitted.principal.workspace(), admitted.principal.credential())
 }
 
 /// A call of that client.
@@ -142,7 +142,7 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     let timing = timing(&request);
     let (head, body) = request.into_parts();
     check_origin(api, &head)?;
-    let admitted = Admitted::known(api, &head.headers, timing.clone()).await;
+    let admitted = Admitted::known(api, TOOL_CALL, &head.headers, timing.clone()).await;
     let mut admitted = admitted.map_err(|refused| challenge(api, &head, refused))?;
     // Without a place a client can still cancel, which makes room.
     let full = admitted.take_place().err();
@@ -177,6 +177,7 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     {
         api.mcp_calls.cancel(&call_of(&client, &request_id));
     }
+    api.metrics.mcp_messages.of([method_name(peek.method.as_deref())]).inc();
     let begins = peek.method.as_deref() == Some("initialize");
     let id = peek.id.map(|id| id.get().to_owned());
 
@@ -312,6 +313,18 @@ fn is_events(answer: &Rpc) -> bool {
 fn pieces(answer: Rpc) -> impl Stream<Item = Bytes> + Send {
     let frames = BodyExt::into_data_stream(answer.into_body().boxed_unsync());
     frames.filter_map(|frame| std::future::ready(frame.ok()))
+}
+
+/// A message's method, for metrics; a client may write anything there.
+fn method_name(method: Option<&str>) -> &'static str {
+    match method {
+        Some("initialize") => "initialize",
+        Some("tools/list") => "tools/list",
+        Some("tools/call") => "tools/call",
+        Some("ping") => "ping",
+        Some(other) if other.starts_with("notifications/") => "notification",
+        _ => "other",
+    }
 }
 
 fn events(pieces: impl Stream<Item = Bytes> + Send + 'static, timing: Timing) -> Response<Body> {

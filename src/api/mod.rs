@@ -26,6 +26,7 @@ use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 use self::error::ApiError;
 use crate::admin::Admin;
@@ -39,6 +40,7 @@ use crate::protocol::rest::ErrorBody;
 use crate::relay::harness::AttachedSessions;
 use crate::session::Sessions;
 use crate::timing::Timing;
+use crate::trace;
 use crate::transfer::Transfers;
 use crate::workspace::Corridor;
 use crate::workspace::cache::Workspaces;
@@ -119,18 +121,24 @@ impl Api {
         let request_id = request_id(request.headers());
         // Where the doors find it.
         request.headers_mut().insert(REQUEST_ID, request_id.clone());
+        let trace = trace::of(request.headers());
+        let trace_id = trace.as_ref().map(|trace| trace.trace_id().to_owned()).unwrap_or_default();
         let method = request.method().clone();
         let path = request.uri().path().to_owned();
+        let span =
+            tracing::debug_span!("request", request_id = ?request_id, trace_id, %method, path = public_part(&path));
         let found = self.router.find(&method, &path);
         let envelope = found.as_ref().map_or(Envelope::Json, |(route, _)| route.envelope());
-        let timing = found.as_ref().is_ok_and(|(route, _)| route.is_timed()).then(Timing::start);
+        let (name, door) = found.as_ref().map_or(("none", None), |(route, _)| (route.name(), route.timed_door()));
+        let timing = door.map(|door| Timing::observed(door, self.metrics.clone()));
         if let Some(timing) = &timing {
             request.extensions_mut().insert(timing.clone());
         }
+        let metrics = self.metrics.clone();
         let result = match found {
             Ok((route, parameter)) => {
-                let metrics = self.metrics.clone();
-                let handled = std::panic::AssertUnwindSafe(self.dispatch(route, parameter, request)).catch_unwind();
+                let work = trace::within(trace, self.dispatch(route, parameter, request)).instrument(span);
+                let handled = std::panic::AssertUnwindSafe(work).catch_unwind();
                 handled.await.unwrap_or_else(|_| {
                     metrics.panics.inc();
                     Err(ApiError::internal("the gateway failed at this request"))
@@ -142,9 +150,10 @@ impl Api {
         };
         let mut response = result.unwrap_or_else(|error| {
             // The path only: queries carry tickets and tokens.
-            log(&error, &request_id, &method, &path);
+            log(&error, &request_id, &trace_id, &method, &path);
             render(&error, envelope)
         });
+        metrics.http_requests.of([name, class(response.status())]).inc();
         let headers = response.headers_mut();
         headers.insert(REQUEST_ID, request_id);
         if let Some(timing) = timing {
@@ -202,8 +211,21 @@ impl Api {
     }
 }
 
+const DRAINING: &str = "draining";
+
 fn draining() -> ApiError {
-    ApiError::new(503, "draining", "the gateway is restarting").retry_after(1)
+    ApiError::new(503, DRAINING, "the gateway is restarting").retry_after(1)
+}
+
+/// The class of a status, for metrics.
+fn class(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        ..200 => "1xx",
+        200..300 => "2xx",
+        300..400 => "3xx",
+        400..500 => "4xx",
+        500.. => "5xx",
+    }
 }
 
 /// The caller's request id where it is a usable one, else a new one.
@@ -223,14 +245,15 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 
 /// What callers get wrong is theirs to know; what the gateway could not do is the operator's as well. The path only:
 /// queries carry tickets and tokens.
-fn log(error: &ApiError, request_id: &HeaderValue, method: &Method, path: &str) {
+fn log(error: &ApiError, request_id: &HeaderValue, trace_id: &str, method: &Method, path: &str) {
     let request_id = request_id.to_str().unwrap_or_default();
     let (status, code, cause) = (error.status(), error.code(), error.cause().unwrap_or_default());
     let path = public_part(path);
-    if status >= 500 {
-        tracing::warn!(request_id, %method, path, status, code, cause, "request failed");
+    // A restart is nothing to look into.
+    if status >= 500 && code != DRAINING {
+        tracing::warn!(request_id, trace_id, %method, path, status, code, cause, "request failed");
     } else {
-        tracing::debug!(request_id, %method, path, status, code, cause, "request refused");
+        tracing::debug!(request_id, trace_id, %method, path, status, code, cause, "request refused");
     }
 }
 

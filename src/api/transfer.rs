@@ -13,19 +13,22 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as HttpBody, Incoming};
 use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::{Request, Response, StatusCode};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::timeout;
 use zeroize::Zeroizing;
 
+use super::audited::{act, failed, recorded};
 use super::compat::{admit_service, created, read, unauthorized};
 use super::error::ApiError;
-use super::{Api, TRANSFERS, draining, http_base, json, read_only};
+use super::{Api, TRANSFERS, asked_as, draining, http_base, json, read_only};
+use crate::audit::{Act, Outcome};
 use crate::auth::{AuthError, bearer};
 use crate::edge::body::{Body, BodyError};
+use crate::edge::peer;
 use crate::protocol::compat::{CreateTransfer, CreatedTransfer};
 use crate::protocol::ids::{ExecutorId, WorkspaceId};
 use crate::time::rfc3339;
-use crate::transfer::{Order, Side, Transfer, TransferError, Upload, Wait};
+use crate::transfer::{Created, Order, Side, Transfer, TransferError, Upload, Wait};
 
 /// What of a body is read while its receiver is not there, in bytes: enough to see a short one's sender hang up.
 const HELD_BYTES_MAX: usize = 256 * 1024;
@@ -34,15 +37,17 @@ const HELD_BYTES_MAX: usize = 256 * 1024;
 pub async fn create(api: &Arc<Api>, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let shown = bearer(request.headers()).map(|shown| Zeroizing::new(shown.to_owned()));
     let service = admit_service(api, shown.as_ref().ok().map(|shown| shown.as_str()));
-    let caller = match (&service, &shown) {
+    let head = request.headers();
+    let (caller, act) = match (&service, &shown) {
         (Err(refused), Ok(shown)) if refused.status() == 401 => {
             let principal = api.corridor.auth.principal(shown).await.map_err(|_| unauthorized("unauthorized"))?;
             if principal.scopes().read_only {
                 return Err(read_only());
             }
-            Some(principal)
+            let act = act("transfer.create", &principal, head);
+            (Some(principal), act)
         }
-        _ => service.map(|()| None)?,
+        _ => (service.map(|()| None)?, Act::new("transfer.create").by_the("service").asked_as(asked_as(head))),
     };
     api.refuse_while_draining()?;
     let (head, body) = request.into_parts();
@@ -58,7 +63,11 @@ pub async fn create(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respon
     let (source, destination) = (executor(&source_exe_id).await?, executor(&dest_exe_id).await?);
     let ttl = (ttl_seconds > 0).then(|| Duration::from_secs(ttl_seconds));
     let bytes_max = (max_bytes > 0).then_some(max_bytes);
-    let (ticket, ttl) = api.transfers.create(Order { workspace, source, destination, ttl, bytes_max })?;
+    let order = Order { workspace, source, destination, ttl, bytes_max };
+    let act = act.of_workspace(&order.workspace).about(ends_of(&order));
+    let made = async { Ok(api.transfers.create(order)?) };
+    let Created { ticket, ttl, .. } =
+        recorded(api, act, made, |made| Outcome::new("ok").with("transfer", made.transfer.name())).await?;
     let url = format!("{base}{TRANSFERS}{}", *ticket);
     Ok(created(&CreatedTransfer {
         ticket: ticket.to_string(),
@@ -66,6 +75,11 @@ pub async fn create(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respon
         download_url: url,
         expires_at: rfc3339(SystemTime::now() + ttl),
     }))
+}
+
+/// Between which executors, as it is recorded.
+fn ends_of(order: &Order) -> Value {
+    json!({ "source": order.source, "destination": order.destination })
 }
 
 async fn is_bound(api: &Api, workspace: &WorkspaceId, executor: &ExecutorId) -> Result<bool, ApiError> {
@@ -76,6 +90,8 @@ async fn is_bound(api: &Api, workspace: &WorkspaceId, executor: &ExecutorId) -> 
 /// A client at its transfer.
 struct Admitted {
     transfer: Arc<Transfer>,
+    /// What it is about to do, as it is recorded.
+    act: Act,
     /// Comes when the credential that it showed is taken away.
     right_ends: BoxFuture<'static, ()>,
 }
@@ -100,12 +116,27 @@ async fn admitted(api: &Api, ticket: &str, side: Side, request: &Request<Incomin
     };
     let transfer = api.transfers.find(ticket, workspace.as_ref().map(|principal| principal.workspace()))?;
     api.refuse_while_draining()?;
-    Ok(Admitted { transfer, right_ends })
+    let action = match side {
+        Side::Put => "transfer.put",
+        Side::Get => "transfer.get",
+    };
+    let by = match &workspace {
+        Some(principal) => act(action, principal, request.headers()),
+        None => {
+            let by_ticket = Act::new(action).by_the("ticket").asked_as(asked_as(request.headers()));
+            by_ticket.of_workspace(&transfer.order().workspace)
+        }
+    };
+    let mut about = ends_of(transfer.order());
+    about["transfer"] = transfer.name().into();
+    let act = by.came_from(peer::client(request.headers(), request.extensions().get())).about(about);
+    Ok(Admitted { transfer, act, right_ends })
 }
 
 /// `PUT /relay/{ticket}`: answered when the receiver has taken everything.
 pub async fn put(api: &Arc<Api>, ticket: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let Admitted { transfer, right_ends } = admitted(api, ticket, Side::Put, &request).await?;
+    let Admitted { transfer, act, right_ends } = admitted(api, ticket, Side::Put, &request).await?;
+    let entry = api.audit.begin(act).await?;
     let mut source = Source {
         announced: request.body().size_hint().exact(),
         body: request.into_body(),
@@ -113,9 +144,16 @@ pub async fn put(api: &Arc<Api>, ticket: &str, request: Request<Incoming>) -> Re
         whole: false,
         stall: Duration::from_secs(api.config.now().transfer.stall_secs),
     };
-    let upload = tokio::select! {
-        upload = source.meet(&transfer) => upload?,
-        () = api.draining.cancelled() => return Err(draining()),
+    let met = tokio::select! {
+        upload = source.meet(&transfer) => upload,
+        () = api.draining.cancelled() => Err(draining()),
+    };
+    let upload = match met {
+        Ok(upload) => upload,
+        Err(error) => {
+            entry.end(failed(&error));
+            return Err(error);
+        }
     };
     let mut bytes = 0;
     let moved = tokio::select! {
@@ -124,6 +162,7 @@ pub async fn put(api: &Arc<Api>, ticket: &str, request: Request<Incoming>) -> Re
         () = right_ends => Err("the credential was revoked".into()),
         moved = source.pour(upload, transfer.bytes_max(), &mut bytes) => moved,
     };
+    entry.end(Outcome::new(if moved.is_ok() { "ok" } else { "broken_off" }).bytes(bytes, 0));
     Ok(match moved {
         Ok(()) => json(&json!({ "bytes": bytes, "status": "ok" })),
         Err(error) => {
@@ -136,11 +175,15 @@ pub async fn put(api: &Arc<Api>, ticket: &str, request: Request<Incoming>) -> Re
 
 /// `GET /relay/{ticket}`
 pub async fn get(api: &Arc<Api>, ticket: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    let Admitted { transfer, right_ends } = admitted(api, ticket, Side::Get, &request).await?;
-    let download = tokio::select! {
-        download = transfer.get() => download?,
-        () = api.draining.cancelled() => return Err(draining()),
+    let Admitted { transfer, act, right_ends } = admitted(api, ticket, Side::Get, &request).await?;
+    let met = async {
+        tokio::select! {
+            download = transfer.get() => Ok(download?),
+            () = api.draining.cancelled() => Err(draining()),
+        }
     };
+    // How it goes on from here stands in the record of its sender.
+    let download = recorded(api, act, met, |_| Outcome::new("ok")).await?;
     let half = download.half;
     let mut answer = Response::new(download.body.pumped_by(async move {
         right_ends.await;

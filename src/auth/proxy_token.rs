@@ -26,6 +26,7 @@ use super::upstream::Upstream;
 use super::{AuthError, Claims, Clock, CredentialId, Principal, Scopes, TokenCounters};
 use crate::config::{self, Live};
 use crate::store::Store;
+use crate::trace;
 
 /// Different tokens asked for at once, for each of store and validator. Each costs a task and the token; past this
 /// somebody sends junk faster than it can be refused.
@@ -273,11 +274,11 @@ impl Inner {
                     flights.insert(digest, flight.clone());
                     let landing = Landing { inner: self.clone(), digest, own };
                     let token = Zeroizing::new(token.to_owned());
-                    tokio::spawn(async move {
+                    tokio::spawn(trace::within(trace::current(), async move {
                         let answer = landing.inner.check(&digest, &token, own).await;
                         drop(landing);
                         result.send_replace(Some(answer));
-                    });
+                    }));
                     flight
                 }
             }

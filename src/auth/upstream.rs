@@ -26,6 +26,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::TokenCounters;
 use crate::config::Secret;
+use crate::trace;
 
 /// Answers are a few hundred bytes; what is longer is not one.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
@@ -201,6 +202,7 @@ impl Upstream {
         if let Some(secret) = &self.secret {
             request.headers_mut().insert("x-internal-secret", secret.clone());
         }
+        trace::tell(request.headers_mut());
         let answer = self.client.request(request).await.map_err(|error| UpstreamError::Unreachable(error.into()))?;
         let status = answer.status();
         let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await.map_err(UpstreamError::Body)?;

@@ -86,6 +86,47 @@ pub enum Envelope {
 }
 
 impl Route {
+    /// Their names in metrics, in their order; the first is that of no route.
+    pub const NAMES: &[&str] = &[
+        "none",
+        "env_list",
+        "tool_call",
+        "file_get",
+        "file_put",
+        "process_list",
+        "process_show",
+        "process_forget",
+        "process_output",
+        "process_attach",
+        "process_stdin",
+        "process_terminate",
+        "register_codex",
+        "register_agentx",
+        "register_direct",
+        "validate",
+        "connect",
+        "bridge",
+        "cloud_relay",
+        "connected",
+        "revoke_turn",
+        "executor_register",
+        "executor_delete",
+        "executor_bind",
+        "executors_bound",
+        "executor_unbind",
+        "mcp",
+        "protected_resource",
+        "transfer_create",
+        "transfer_put",
+        "transfer_get",
+        "health",
+    ];
+
+    /// Its name in metrics.
+    pub fn name(self) -> &'static str {
+        Self::NAMES[1 + self as usize]
+    }
+
     /// How errors of this route are written: WebSocket doors speak plain text (connectors-api.md §2.4), those of
     /// services a text in JSON (§2.6, §2.7).
     pub fn envelope(self) -> Envelope {
@@ -122,20 +163,18 @@ impl Route {
         }
     }
 
-    /// Whether answers say where their time went.
-    pub fn is_timed(self) -> bool {
+    /// The door by which a request came whose answer says where its time went.
+    pub fn timed_door(self) -> Option<&'static str> {
         match self {
-            Self::EnvList
-            | Self::ToolCall
-            | Self::FileGet
-            | Self::FilePut
-            | Self::ProcessList
+            Self::EnvList | Self::ToolCall => Some("rest"),
+            Self::FileGet | Self::FilePut => Some("files"),
+            Self::ProcessList
             | Self::ProcessShow
             | Self::ProcessForget
             | Self::ProcessOutput
             | Self::ProcessStdin
-            | Self::ProcessTerminate
-            | Self::Mcp => true,
+            | Self::ProcessTerminate => Some("processes"),
+            Self::Mcp => Some("mcp"),
             Self::ProcessAttach
             | Self::RegisterCodex
             | Self::RegisterAgentx
@@ -155,7 +194,7 @@ impl Route {
             | Self::TransferPut
             | Self::TransferGet
             | Self::ProtectedResource
-            | Self::Health => false,
+            | Self::Health => None,
         }
     }
 }
@@ -289,6 +328,13 @@ mod tests {
             let found = router.find(&Method::POST, &format!("{base}/envs/my-mac/tool/call"));
             assert_eq!(found, Ok((Route::ToolCall, "my-mac".into())));
         }
+    }
+
+    #[test]
+    fn every_route_has_its_name() {
+        assert_eq!(Route::NAMES.len(), 2 + Route::Health as usize);
+        let named = [Route::EnvList, Route::ProcessAttach, Route::Connect, Route::Mcp, Route::Health].map(Route::name);
+        assert_eq!(named, ["env_list", "process_attach", "connect", "mcp", "health"]);
     }
 
     #[test]

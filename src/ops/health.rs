@@ -7,10 +7,9 @@ use std::time::Duration;
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
-use prometheus_client::encoding::text::encode;
-use prometheus_client::registry::Registry;
 use serde_json::Value;
 
+use super::metrics::Printer;
 use crate::edge::body::{Body, full};
 use crate::store::Store;
 
@@ -24,7 +23,9 @@ pub struct Health {
     /// Where readiness is proven by a write.
     pub store: Store,
     /// What `/metrics` prints.
-    pub registry: Registry,
+    pub metrics: Printer,
+    /// Sets the metrics that other parts know themselves.
+    pub read: Box<dyn Fn() + Send + Sync>,
     /// Whether the gateway takes new work.
     pub serving: AtomicBool,
     /// What else keeps the gateway from its work, in a few words each.
@@ -66,12 +67,9 @@ impl Health {
     }
 
     fn metrics(&self) -> Response<Body> {
-        let mut page = String::new();
-        if encode(&mut page, &self.registry).is_err() {
-            return text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be written\n");
-        }
+        (self.read)();
         let open_metrics = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
-        answer(StatusCode::OK, open_metrics, page)
+        answer(StatusCode::OK, open_metrics, self.metrics.to_string())
     }
 
     fn state(&self) -> Response<Body> {

@@ -18,6 +18,7 @@ use crate::protocol::rpc::{
     ProcessOutput, ProcessOutputPage, ProcessRead, RequestId, RpcError, RpcParseError, encode_notification,
     encode_request,
 };
+use crate::trace;
 
 /// How the gateway introduces itself.
 pub(super) const CLIENT_NAME: &str = "exec-gateway";
@@ -296,7 +297,8 @@ impl Client {
             calls.waiting.insert(id, Waiting { answer, sent: false, _permit: permit });
             id
         };
-        room.send(Outgoing { id: Some(id), json: encode_request(id, method, params) });
+        let json = encode_request(id, method, params, trace::current().as_ref());
+        room.send(Outgoing { id: Some(id), json });
         receiver.await.unwrap_or(Err(CallError::Lost { sent: true }))
     }
 

@@ -166,7 +166,7 @@ async fn call<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    send(socket, encode_request(0, method, params)).await?;
+    send(socket, encode_request(0, method, params, None)).await?;
     while let Some(message) = socket.next().await {
         let json: Bytes = match message.map_err(|_| GreetError::Ended)? {
             Message::Text(text) => text.into(),

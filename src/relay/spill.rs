@@ -274,7 +274,7 @@ impl Shared {
             let batch = std::mem::take(&mut state.batch);
             match written {
                 Ok(bytes) => {
-                    shared.metrics.spilled_bytes.inc_by(bytes);
+                    shared.metrics.spilled.add(bytes);
                     state.stored += batch.frames.len();
                     state.stored_cost += batch.cost as u64;
                 }
@@ -451,7 +451,7 @@ mod tests {
         }
         assert!(matches!(spill.push(frame(140, 0)).await, Err(SpillError::Full)));
         assert_eq!((spill.len(), spill.bytes(), metrics.spill_overruns.get()), (140, 140 * KIB as u64, 1));
-        assert!(metrics.spilled_bytes.get() >= 80 * 964);
+        assert!(metrics.spilled.get() >= 80 * 964);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "the file has no name");
         for nth in 0..140 {
             assert_eq!(spill.pop().await.unwrap(), frame(nth, 960));
@@ -472,7 +472,7 @@ mod tests {
             assert_eq!(spill.try_pop().unwrap(), Some(frame(nth, 960)));
             assert_eq!(spill.pop().await.unwrap(), frame(nth, 10));
         }
-        assert_eq!(metrics.spilled_bytes.get(), 0);
+        assert_eq!(metrics.spilled.get(), 0);
     }
 
     #[tokio::test]

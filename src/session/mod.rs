@@ -774,6 +774,11 @@ impl Sessions {
         sessions
     }
 
+    /// Every session at this moment.
+    pub fn all(&self) -> Vec<Arc<Session>> {
+        self.entries.iter().map(|entry| entry.clone()).collect()
+    }
+
     /// Bounds and times of sessions.
     pub fn settings(&self) -> Arc<config::Sessions> {
         self.settings.now()
@@ -842,9 +847,8 @@ impl Sessions {
 
     /// Forgets what was not used for too long; a running process is ended first.
     pub async fn expire(&self) {
-        let entries: Vec<Arc<Session>> = self.entries.iter().map(|entry| entry.clone()).collect();
         let settings = self.settings.now();
-        let expired = entries.into_iter().filter(|session| {
+        let expired = self.all().into_iter().filter(|session| {
             let bound = if session.status().state.is_final() { settings.idle_secs } else { settings.running_idle_secs };
             session.idle() >= Duration::from_secs(bound)
         });

@@ -237,39 +237,44 @@ impl Tool {
         &INFOS[self.name]
     }
 
-    /// Runs one call, at the environment of that name; without a name where the tool works in the whole workspace, or
-    /// else at the only environment or the default one. Dropping the future ends what it started on the executor.
+    /// Where a call runs: at the environment of that name; without a name at the only environment or the default one,
+    /// or in the workspace as a whole, where the tool works in that.
+    ///
+    /// # Errors
+    /// [`ToolError::Reach`].
+    pub async fn environment(&self, call: &Call, name: Option<&str>) -> Result<Option<Binding>, ToolError> {
+        let binding = match name {
+            Some(name) => call.workspace.environment(name).await,
+            None if self.needs_environment() => call.workspace.default_environment().await,
+            None => return Ok(None),
+        };
+        Ok(Some(binding.map_err(Arc::new)?))
+    }
+
+    /// Runs one call where [`Self::environment`] says. Dropping the future ends what it started on the executor.
     ///
     /// # Errors
     /// [`ToolError`].
     pub async fn call(
         &self,
         call: &Call,
-        environment: Option<&str>,
+        binding: Option<&Binding>,
         mut arguments: Value,
     ) -> Result<ToolResult, ToolError> {
-        match self.run {
-            Run::At(run) => {
-                let binding = match environment {
-                    Some(name) => call.workspace.environment(name).await,
-                    None => call.workspace.default_environment().await,
-                };
-                let binding = binding.map_err(Arc::new)?;
-                call.timing.executor(run(Site { call, binding: &binding }, arguments)).await
-            }
-            Run::Workspace(run) => {
+        let running = match (&self.run, binding) {
+            (Run::At(run), Some(binding)) => run(Site { call, binding }, arguments),
+            (Run::At(_), None) => return Err(ToolError::Arguments("environment_id: expected a string".into())),
+            (Run::Workspace(run), binding) => {
                 if arguments.is_null() {
                     arguments = json!({});
                 }
-                if let Some(name) = environment {
-                    let binding = call.workspace.environment(name).await.map_err(Arc::new)?;
-                    if let Some(arguments) = arguments.as_object_mut() {
-                        arguments.insert("environment_id".into(), binding.name().as_str().into());
-                    }
+                if let (Some(binding), Some(arguments)) = (binding, arguments.as_object_mut()) {
+                    arguments.insert("environment_id".into(), binding.name().as_str().into());
                 }
-                call.timing.executor(run(call, arguments)).await
+                run(call, arguments)
             }
-        }
+        };
+        call.timing.executor(running).await
     }
 }
 

@@ -115,7 +115,7 @@ impl Straight {
 
     async fn call<M: Method>(&mut self, params: &M) -> M::Result {
         self.next += 1;
-        self.send(encode_request(self.next, M::NAME, params)).await;
+        self.send(encode_request(self.next, M::NAME, params, None)).await;
         loop {
             let message = self.next().await.into_data();
             match Incoming::parse(&message).unwrap() {
@@ -157,7 +157,7 @@ impl Straight {
             }),
             sandbox: None,
         };
-        self.send(encode_request(self.next, ProcessStart::NAME, &start)).await;
+        self.send(encode_request(self.next, ProcessStart::NAME, &start, None)).await;
         let mut printed = Vec::new();
         loop {
             let message = self.next().await.into_data();

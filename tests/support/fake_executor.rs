@@ -48,6 +48,7 @@ struct Process {
     kem: KeyPair<<MlKem768 as Kem>::PubKey, <MlKem768 as Kem>::SecretKey>,
     replies: Mutex<HashMap<String, Reply>>,
     asked: Mutex<HashMap<String, usize>>,
+    traces: Mutex<Vec<Value>>,
     validated: Mutex<Vec<Value>>,
     /// The processes of each session; both are kept for ever.
     sessions: Mutex<HashMap<String, HashSet<String>>>,
@@ -88,6 +89,7 @@ impl FakeExecutor {
             kem: MlKem768::genkey().unwrap(),
             replies: Mutex::default(),
             asked: Mutex::default(),
+            traces: Mutex::default(),
             validated: Mutex::default(),
             sessions: Mutex::default(),
             open: watch::Sender::new(true),
@@ -175,6 +177,11 @@ impl FakeExecutor {
     /// How often that method was called.
     pub fn asked(&self, method: &str) -> usize {
         self.0.asked.lock().unwrap().get(method).copied().unwrap_or(0)
+    }
+
+    /// The traces that requests said they belong to.
+    pub fn traces(&self) -> Vec<Value> {
+        self.0.traces.lock().unwrap().clone()
     }
 
     /// How many processes of different ids it has started.
@@ -423,6 +430,7 @@ impl Socket {
 
     async fn request(&mut self, stream: &StreamId, request: &Value) -> Result<(), Over> {
         let method = request["method"].as_str().unwrap();
+        self.executor.0.traces.lock().unwrap().extend(request.get("trace").cloned());
         let reply = self.executor.reply(method);
         if request.get("id").is_none() {
             return Ok(());

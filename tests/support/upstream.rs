@@ -42,6 +42,7 @@ struct Shared {
     verdicts: Mutex<HashMap<String, Verdict>>,
     to_all: Mutex<Option<Verdict>>,
     asked: Mutex<HashMap<String, usize>>,
+    traces: Mutex<Vec<String>>,
     open: watch::Sender<bool>,
     /// The newest last.
     secrets: Mutex<Vec<String>>,
@@ -55,6 +56,7 @@ impl Upstream {
             verdicts: Mutex::default(),
             to_all: Mutex::default(),
             asked: Mutex::default(),
+            traces: Mutex::default(),
             open: watch::Sender::new(true),
             secrets: Mutex::new(vec![SECRET.to_owned()]),
         });
@@ -113,6 +115,11 @@ impl Upstream {
     }
 
     /// Holds all answers back until [`Self::release`].
+    /// The traces that questions said they belong to.
+    pub fn traces(&self) -> Vec<String> {
+        self.shared.traces.lock().unwrap().clone()
+    }
+
     pub fn hold(&self) {
         self.shared.open.send_replace(false);
     }
@@ -163,6 +170,8 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
     let shown = head.headers["x-internal-secret"].to_str().unwrap();
     assert!(shared.secrets.lock().unwrap().iter().any(|secret| secret == shown), "the gateway showed {shown}");
     let credential = credential.as_str().unwrap().to_owned();
+    let trace = head.headers.get("traceparent").map(|trace| trace.to_str().unwrap().to_owned());
+    shared.traces.lock().unwrap().extend(trace);
     *shared.asked.lock().unwrap().entry(credential.clone()).or_default() += 1;
     let _ = shared.open.subscribe().wait_for(|open| *open).await;
     let to_all = shared.to_all.lock().unwrap().clone();

@@ -21,7 +21,7 @@ pub fn run(input: &[u8]) {
         Incoming::Error { id, error } => rpc::encode_error(id, error),
         Incoming::Notification { method, params: Some(params) } => rpc::encode_notification(method, params),
         Incoming::Request { id: RequestId::Number(id), method, params: Some(params) } => {
-            rpc::encode_request(*id, method, params)
+            rpc::encode_request(*id, method, params, None)
         }
         // Nothing here writes requests with text ids, or without parameters.
         Incoming::Notification { params: None, .. } | Incoming::Request { .. } => return,

@@ -15,7 +15,7 @@ use super::staging::{Change, Expect, Outcome, Put, commit};
 use super::write_file::permissions;
 use super::{Attempts, Failure, FileError};
 use crate::store::Binding;
-use crate::tools::{Call, Site, ToolError, resolve};
+use crate::tools::{Call, Site, resolve};
 
 /// How long one may take: what is slow is honest as long as it goes on, and what does not is noticed by the ends.
 const STREAM_MAX: Duration = Duration::from_secs(7 * 86_400);
@@ -32,8 +32,7 @@ impl Download {
     ///
     /// # Errors
     /// [`FileError`].
-    pub async fn of(call: Call, environment: &str, path: &str) -> Result<Self, FileError> {
-        let binding = call.workspace.environment(environment).await.map_err(|error| ToolError::Reach(error.into()))?;
+    pub async fn of(call: Call, binding: Binding, path: &str) -> Result<Self, FileError> {
         let site = Site { call: &call, binding: &binding };
         let mut attempts = Attempts::harmless(site, call.deadline(None)?).await?;
         let file = loop {
@@ -113,11 +112,10 @@ impl Upload {
     pub async fn write(
         self,
         call: &Call,
-        environment: &str,
+        binding: &Binding,
         content: mpsc::Receiver<Bytes>,
     ) -> Result<Uploaded, FileError> {
-        let binding = call.workspace.environment(environment).await.map_err(|error| ToolError::Reach(error.into()))?;
-        let site = Site { call, binding: &binding };
+        let site = Site { call, binding };
         let mode = permissions(self.mode.clone())?;
         let deadline = Instant::now() + STREAM_MAX;
         let mut attempts = Attempts::harmless(site, deadline).await?;

@@ -306,12 +306,28 @@ config! {
     workspace: Workspaces {
         /// Tool calls at once of one workspace; further ones get 429.
         calls_max: usize = 256 => 1..=1_000_000,
+        /// Requests of one workspace in a second, by whichever door; further ones get 429. 0: as many as it likes.
+        calls_per_second_max: u64 = 10_000 => 0..=10_000_000,
+        /// Requests beyond that which may come at once after a pause.
+        calls_burst_max: u64 = 20_000 => 0..=10_000_000,
         /// Time after which an unused workspace is dropped from memory, in seconds.
         idle_secs: u64 = 900 => 1..=30 * 86_400,
         /// Workspaces held in memory; past it the least lately used idle one is dropped.
         entries_max: usize = 10_000 => 1..=10_000_000,
         /// How long a workspace's environment names are believed without reading the store again, in seconds.
         resolver_ttl_secs: u64 = 10 => 1..=3600,
+    }
+
+    /// Memory of the process.
+    memory: Memory {
+        /// Part of its memory past which new work is refused with 503, in percent; 0 never. What runs goes on.
+        high_percent: u64 = 85 => 0..=100,
+        /// Part below which new work is taken again, in percent; at most `high_percent`.
+        low_percent: u64 = 75 => 0..=100,
+        /// What the process may take, in bytes; 0: as much as its control group, its limits (RLIMIT_AS, RLIMIT_DATA) and the machine allow.
+        limit_bytes: usize = 0 => 0..=1024 * 1024 * 1024 * 1024,
+        /// Bytes of request bodies, and of answers that are not taken yet, in memory at once; requests that would need more get 503. Work on one takes up to four times its size.
+        bodies_bytes_max: u64 = 512 * 1024 * 1024 => 1..=1024 * 1024 * 1024 * 1024,
     }
 
     /// Tool calls.
@@ -567,6 +583,12 @@ impl Config {
         if self.link.message_bytes_max < self.link.frame_bytes_max {
             wrong("link.message_bytes_max", "must be at least link.frame_bytes_max, since a message fills a frame");
         }
+        if self.memory.low_percent > self.memory.high_percent && self.memory.high_percent > 0 {
+            wrong("memory.low_percent", "must be at most memory.high_percent");
+        }
+        if self.memory.bodies_bytes_max < self.edge.body_bytes_max as u64 {
+            wrong("memory.bodies_bytes_max", "must be at least edge.body_bytes_max, or a large body is never taken");
+        }
         if self.tools.timeout_secs > self.tools.timeout_max_secs {
             wrong("tools.timeout_secs", "must be at most tools.timeout_max_secs");
         }
@@ -622,6 +644,42 @@ impl Config {
             }
             let restart = if knob.at_start { " Needs a restart to change." } else { "" };
             text += &format!("\n{}{} = {}\n", comment(&(knob.doc() + restart)), knob.key(), knob.toml(&defaults));
+        }
+        text
+    }
+}
+
+impl Config {
+    /// The page of all knobs, in Markdown.
+    pub fn page() -> String {
+        let mut text = String::from(
+            "# Configuration\n\nEvery knob of the gateway. A value is taken from the flag, else from the variable, else from \
+             the file given by `--config`\n(TOML, as in [`exec-gateway.toml`](exec-gateway.toml)), else it is the default. \
+             `exec-gateway check` says what is wrong with\nall of them at once, `exec-gateway config` where each value comes \
+             from. On SIGHUP (`systemctl reload`) a running gateway\ntakes over what has changed, for whatever begins from \
+             then on; knobs marked *restart* keep the value with which it\nstarted, and are named in the log. This page is \
+             generated from the table in `src/config.rs`.\n",
+        );
+        let (defaults, mut current) = (Self::default(), None);
+        for knob in KNOBS {
+            if current != Some(knob.section()) {
+                current = Some(knob.section());
+                let section = SECTIONS.iter().find(|(name, _)| Some(*name) == knob.section());
+                text += &match section {
+                    Some((name, doc)) => format!("\n## `[{name}]`\n\n{}\n", doc.trim()),
+                    None => "\n## Above all sections\n".into(),
+                };
+                text += "\n| knob | default | values | reload | what it says |\n|---|---|---|---|---|\n";
+            }
+            let flag = knob.flag().map_or("no flag".into(), |flag| format!("`--{flag}`"));
+            let values = match knob.range {
+                Some(range) => format!("{} to {}", range.start(), range.end()),
+                None => format!("`{}`", knob.kind.placeholder().replace('|', "\\|")),
+            };
+            let reload = if knob.at_start { "*restart*" } else { "yes" };
+            let (name, variable, default) = (knob.name, knob.variable(), knob.toml(&defaults));
+            let doc = knob.doc().replace('|', "\\|");
+            text += &format!("| `{name}`<br>{flag}<br>`{variable}` | `{default}` | {values} | {reload} | {doc} |\n");
         }
         text
     }
@@ -786,6 +844,8 @@ mod tests {
         assert_eq!(places(|config| config.link.dead_secs = 20), ["link.dead_secs"]);
         assert_eq!(places(|config| config.link.takeover_ping_secs = 8), ["link.takeover_ping_secs"]);
         assert_eq!(places(|config| config.link.message_bytes_max = 8192), ["link.message_bytes_max"]);
+        assert_eq!(places(|config| config.memory.low_percent = 86), ["memory.low_percent"]);
+        assert_eq!(places(|config| config.memory.bodies_bytes_max = 4096), ["memory.bodies_bytes_max"]);
         assert_eq!(places(|config| config.tools.timeout_secs = 3601), ["tools.timeout_secs"]);
         assert_eq!(places(|config| config.drain.announce_secs = 26), ["drain.grace_secs"]);
         assert_eq!(places(|config| config.audit.bytes_max = 20 * 1024 * 1024), ["audit.bytes_max"]);
@@ -842,6 +902,17 @@ mod tests {
         assert_eq!(services("s3cret", "with blanks inside"), Vec::<String>::new());
         assert_eq!(services("", ""), ["auth.shared_secret", "auth.internal_secret"]);
         assert_eq!(services("with a blank", " s3cret"), ["auth.internal_secret", "auth.shared_secret"]);
+    }
+
+    /// `REWRITE=1 cargo test` brings the page up to date after a change of the table.
+    #[test]
+    fn the_page_in_deploy_tells_every_knob() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/CONFIGURATION.md");
+        if std::env::var_os("REWRITE").is_some() {
+            std::fs::write(&path, Config::page()).unwrap();
+        }
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(text == Config::page(), "deploy/CONFIGURATION.md is out of date: run this test with REWRITE=1");
     }
 
     /// `REWRITE=1 cargo test` brings the file up to date after a change of the table.

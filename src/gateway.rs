@@ -239,6 +239,7 @@ impl Gateway {
         tokio::spawn(serve_admin(admin_socket, admin.clone(), background.clone()));
         tokio::spawn(sweep(api.clone(), background.clone()));
         tokio::spawn(watch_disk(api.clone(), background.clone()));
+        tokio::spawn(api.memory.clone().watch(background.clone()));
         let reloading = Reloading {
             config: running,
             corridor: api.corridor.clone(),
@@ -626,6 +627,7 @@ fn overview(api: &Api) -> serde_json::Value {
         "sockets": { "executors": api.links.len(), "callers": api.sockets.len() },
         "audit": { "records": audit.records, "bytes": audit.bytes, "missing": audit.missing, "failing": audit.failing },
         "tokens": { "known": known, "refused": refused },
+        "memory": { "high": api.memory.is_high(), "held": api.memory.held() },
         "tasks": tokio::runtime::Handle::current().metrics().num_alive_tasks(),
     })
 }
@@ -658,6 +660,7 @@ fn read(api: &Api) {
     metrics.upstream_requests.set(tokens.upstream_requests);
     metrics.upstream_failures.set(tokens.upstream_failures);
 
+    metrics.body_memory.set(api.memory.held());
     let reloads = &api.config.reloads;
     metrics.reloads.of(["done"]).set(reloads.done.load(Ordering::Relaxed));
     metrics.reloads.of(["refused"]).set(reloads.refused.load(Ordering::Relaxed));

@@ -22,6 +22,7 @@ mod links;
 mod matrix;
 mod mcp;
 mod mcp_clients;
+mod memory;
 mod ops;
 mod patch;
 mod proxies;

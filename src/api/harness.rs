@@ -69,6 +69,8 @@ async fn admit(api: &Arc<Api>, token: Zeroizing<String>, id: &str) -> Result<Adm
     let revocations = api.corridor.auth.revocations();
     let principal = api.corridor.auth.principal(&token).await.map_err(refused)?;
     let (workspace, binding) = reach(api, &principal, id).await?;
+    api.pace(&workspace)?;
+    api.memory.admit()?;
     let caller = principal.clone();
     let refused = Box::pin(async move {
         revocations.end_of_right(&token, &caller).await;

@@ -36,7 +36,7 @@ use self::server::Server;
 use super::calls::{Admitted, TOOL_CALL};
 use super::error::ApiError;
 use super::{Api, http_base, json as json_answer, json_line, late, timing};
-use crate::edge::body::{self, Body, BodyError};
+use crate::edge::body::Body;
 use crate::timing::Timing;
 
 /// JSON-RPC code of what the gateway refuses before it knows the request; the reason is in `data.code`.
@@ -145,7 +145,7 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     let admitted = Admitted::known(api, TOOL_CALL, &head.headers, timing.clone()).await;
     let mut admitted = admitted.map_err(|refused| challenge(api, &head, refused))?;
     // Without a place a client can still cancel, which makes room.
-    let full = admitted.take_place().err();
+    let full = admitted.take_place(api).err();
     let bytes_max = if full.is_none() { api.config.now().edge.body_bytes_max } else { NOTIFICATION_BYTES_MAX };
     let is_json = |value: &HeaderValue| {
         let media_type = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default();
@@ -154,11 +154,8 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     if !head.headers.get(CONTENT_TYPE).is_some_and(is_json) {
         return Err(ApiError::new(415, "bad_request", "Content-Type: expected application/json"));
     }
-    let body = match (
-        body::read(body, bytes_max, Duration::from_secs(api.config.now().edge.body_timeout_secs)).await,
-        &full,
-    ) {
-        (Err(BodyError::TooLarge(_)), Some(_)) => Bytes::new(),
+    let body = match (api.body(body, bytes_max, &admitted.held).await, &full) {
+        (Err(refused), Some(_)) if refused.status() == 413 => Bytes::new(),
         (body, _) => body?,
     };
     if let Some(full) = full

@@ -50,6 +50,7 @@ pub async fn create(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respon
         _ => (service.map(|()| None)?, Act::new("transfer.create").by_the("service").asked_as(asked_as(head))),
     };
     api.refuse_while_draining()?;
+    api.memory.admit()?;
     let (head, body) = request.into_parts();
     let base = http_base(api, &head);
     let CreateTransfer { workspace_id: workspace, source_exe_id, dest_exe_id, ttl_seconds, max_bytes } =

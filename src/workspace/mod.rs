@@ -4,6 +4,7 @@
 //! executor is opened by [`Workspace::open_stream`].
 
 pub mod cache;
+pub mod pace;
 pub mod pool;
 pub mod resolver;
 
@@ -31,6 +32,7 @@ use crate::relay::stream::StreamHandle;
 use crate::store::{Binding, Store, StoreError};
 use crate::tools::{Copies, Tool};
 
+use self::pace::{Pace, TooFast};
 use self::pool::Pool;
 use self::resolver::Resolver;
 
@@ -115,6 +117,7 @@ pub struct Workspace {
     id: WorkspaceId,
     corridor: Arc<Corridor>,
     calls: Arc<AtomicUsize>,
+    pace: Pace,
     tools: &'static [&'static Tool],
     listing: Mutex<Option<Listing>>,
     /// Names of this tenant.
@@ -143,6 +146,7 @@ impl Workspace {
     fn new(id: WorkspaceId, corridor: Arc<Corridor>) -> Self {
         Self {
             calls: Arc::default(),
+            pace: Pace::default(),
             tools: Tool::ALL,
             listing: Mutex::default(),
             resolver: Resolver::new(id.clone(), corridor.settings.clone()),
@@ -177,6 +181,15 @@ impl Workspace {
         // A place from the start: should the call be refused, dropping it gives it back.
         let place = CallPlace(self.calls.clone());
         if self.calls.fetch_add(1, Ordering::AcqRel) < calls_max { Ok(place) } else { Err(TooManyCalls(calls_max)) }
+    }
+
+    /// Counts one request of this workspace.
+    ///
+    /// # Errors
+    /// [`TooFast`] when it asks more often than it may; nothing waits.
+    pub fn count_request(&self) -> Result<(), TooFast> {
+        let settings = self.corridor.settings.now();
+        self.pace.count(settings.calls_per_second_max, settings.calls_burst_max)
     }
 
     /// Calls under way.

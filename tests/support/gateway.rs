@@ -143,6 +143,14 @@ impl DaemonProcess {
         Self::ready(command, state).await
     }
 
+    /// The same with so much memory for its data (RLIMIT_DATA); more is refused to it, which ends it.
+    pub async fn start_in_memory(state: &Scratch, data_mib: u64, arguments: &[&str]) -> Self {
+        let mut command = Command::new("sh");
+        let limited = format!("ulimit -d {}; exec \"$0\" serve \"$@\"", data_mib * 1024);
+        command.args(["-c", &limited, env!("CARGO_BIN_EXE_exec-gateway"), "--listen", "127.0.0.1:0"]).args(arguments);
+        Self::ready(command, state).await
+    }
+
     async fn ready(mut command: Command, state: &Scratch) -> Self {
         let mut child = command
             .args(["--state-dir", state.path().to_str().unwrap(), "--ops-listen", "127.0.0.1:0"])

@@ -17,6 +17,7 @@ mod files_http;
 mod flavours;
 mod harness;
 mod keys;
+mod knobs;
 mod limits;
 mod links;
 mod matrix;

@@ -11,7 +11,7 @@ need = @for program in $(1); do command -v "$$program" >/dev/null 2>&1 || \
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 GENERATED := $(TARGET)/release/generated
 
-.PHONY: demo test test-mcp check bench test-restart test-proxies package test-package tools-of-test
+.PHONY: demo test test-mcp test-otlp check bench test-restart test-proxies package test-package tools-of-test
 
 demo:
 	$(call need,cargo cc)
@@ -24,9 +24,14 @@ test: tools-of-test $(EXECUTOR)
 test-mcp: tools-of-test $(EXECUTOR) $(CLIENTS)/node_modules/.package-lock.json $(CLIENTS)/venv/installed
 	cargo test --test main mcp_clients -- --ignored --nocapture --test-threads 1
 
+# Spans, in a build that makes them.
+test-otlp:
+	$(call need,cargo cc)
+	cargo test --features otlp --test main trace::
+
 check:
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets --all-features -- -D warnings
 
 bench:
 	$(call need,cargo cc)

@@ -21,6 +21,8 @@ mod serve;
 mod service_manager;
 #[path = "exec-gateway/show.rs"]
 mod show;
+#[path = "exec-gateway/spans.rs"]
+mod spans;
 #[path = "exec-gateway/table.rs"]
 mod table;
 

@@ -158,6 +158,8 @@ config! {
         log_level: LogLevel = LogLevel::Info,
         /// Form of log lines: text or json.
         log_format: LogFormat = LogFormat::Text; at_start,
+        /// Base URL of an OpenTelemetry collector that is sent the spans of requests, as `http://127.0.0.1:4318`; in builds with the feature `otlp`. Empty: none are made.
+        otlp_endpoint: Option<String> = None; at_start,
     }
 
     /// HTTP connections and requests.
@@ -506,6 +508,13 @@ impl Config {
             && let Err(message) = check_url(url, &["http", "https", "ws", "wss"])
         {
             wrong("public_url", &message);
+        }
+        if let Some(url) = &self.otlp_endpoint {
+            if let Err(message) = check_url(url, &["http"]) {
+                wrong("otlp_endpoint", &message);
+            } else if !cfg!(feature = "otlp") {
+                wrong("otlp_endpoint", "this build makes no spans: build with `--features otlp`");
+            }
         }
         for (knob, urls) in [
             ("mcp.allowed_origins", &self.mcp.allowed_origins),
@@ -874,6 +883,13 @@ mod tests {
         for bad in ["gateway.test", "ftp://gateway.test", "http://", "http://a b", "http://u@host", "http://host?q"] {
             assert_eq!(places(|config| config.public_url = Some(bad.into())), ["public_url"], "{bad}");
         }
+    }
+
+    #[test]
+    fn a_collector_of_spans_needs_a_plain_address_and_a_build_that_makes_spans() {
+        let collector = |url: &str| places(|config| config.otlp_endpoint = Some(url.into()));
+        assert_eq!(collector("https://127.0.0.1:4318"), ["otlp_endpoint"]);
+        assert_eq!(collector("http://127.0.0.1:4318").is_empty(), cfg!(feature = "otlp"));
     }
 
     #[test]

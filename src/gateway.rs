@@ -186,6 +186,7 @@ impl Gateway {
             store.clone(),
             corridor.auth.clone(),
             workspaces.clone(),
+            audit.clone(),
         );
         let sessions = sessions.await.map_err(of_store)?;
         let api = Arc::new(Api::new(running.clone(), corridor, workspaces, sessions, metrics.clone(), audit.clone()));

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tracing::{Instrument, debug_span};
 
 /// The phases of one request that is under way; clones count together.
 #[derive(Clone)]
@@ -75,18 +76,18 @@ impl Timing {
 
     /// Counts the check of the credential.
     pub async fn auth<T>(&self, work: impl Future<Output = T>) -> T {
-        count(&self.0.auth, work).await
+        count(&self.0.auth, work).instrument(debug_span!("auth")).await
     }
 
     /// Counts a wait for a ready conversation with the executor: its link, its handshake, its turn.
     pub async fn queue<T>(&self, work: impl Future<Output = T>) -> T {
-        count(&self.0.queue, work).await
+        count(&self.0.queue, work).instrument(debug_span!("queue")).await
     }
 
     /// Counts the work that was asked for, without the waits of [`Self::queue`] in it.
     pub async fn executor<T>(&self, work: impl Future<Output = T>) -> T {
         let (began, queued) = (Instant::now(), self.0.queue.load(Relaxed));
-        let done = work.await;
+        let done = work.instrument(debug_span!("executor")).await;
         let queued = self.0.queue.load(Relaxed) - queued;
         self.0.executor.fetch_add(nanos(began.elapsed()).saturating_sub(queued), Relaxed);
         done

@@ -248,13 +248,20 @@ async fn what_is_done_to_a_process_is_on_record_and_looking_at_it_is_not() {
         (&json!("KILL"), &json!(137), &json!("exited"))
     );
     assert_eq!(act(state, "process.forget").await.1["outcome"], "ok");
+    let (begin, end) = act(state, "process.end").await;
+    assert_eq!(
+        (&begin["session"], &begin["workspace"], &begin["environment"]),
+        (&json!(id), &json!("w"), &json!("box"))
+    );
+    assert_eq!((&end["outcome"], &end["exit_code"]), (&json!("exited"), &json!(137)));
+    assert_eq!((&end["bytes_in"], &end["bytes_out"]), (&json!(2 * SECRET.len()), &json!(2 * SECRET.len())));
 
     let actions: BTreeSet<String> = records(&directory(state))
         .iter()
         .filter_map(|record| Some(record["action"].as_str()?.to_owned()))
         .filter(|action| action.starts_with("process."))
         .collect();
-    let changes = ["process.attach", "process.forget", "process.stdin", "process.terminate"];
+    let changes = ["process.attach", "process.end", "process.forget", "process.stdin", "process.terminate"];
     assert_eq!(actions.iter().collect::<Vec<_>>(), changes);
     assert_no_secret(state);
 }

@@ -18,6 +18,7 @@ const SEEN: &[(&str, &str, &str)] = &[
     ("public_url", "tests/registration.rs", "the_configured_url_wins_over_the_host"),
     ("log_level", "tests/cli.rs", "the_ready_line_is_plain_text_at_any_level_and_format_and_term_exits_0"),
     ("log_format", "tests/cli.rs", "the_ready_line_is_plain_text_at_any_level_and_format_and_term_exits_0"),
+    ("otlp_endpoint", "tests/trace.rs", "the_spans_of_a_call_hang_below_the_callers_and_the_executors_below_them"),
     ("edge.connections_max", "tests/limits.rs", "connections_past_the_bound_wait_until_another_ends"),
     ("edge.header_timeout_secs", "tests/limits.rs", "a_client_that_never_ends_its_headers_is_cut_off"),
     ("edge.idle_timeout_secs", "tests/limits.rs", "a_connection_without_a_further_request_is_closed"),

@@ -17,13 +17,15 @@ use tracing_subscriber::prelude::*;
 use tracing_subscriber::{Registry, reload};
 
 use crate::service_manager;
+use crate::spans::{self, Spans};
 
 /// Serves with a valid configuration until SIGTERM or SIGINT, then drains. At SIGHUP it is read anew by `read`.
 ///
 /// # Errors
 /// The gateway cannot start, or failed while it ran.
 pub fn run(config: Config, read: impl Fn() -> Result<Config, ConfigFaults>) -> anyhow::Result<()> {
-    let filter = start_logging(config.log_level, config.log_format);
+    // Sends the last spans when they go, behind the gateway.
+    let (filter, _spans) = start_logging(config.log_level, config.log_format, config.otlp_endpoint.as_deref())?;
     let open_files_max = raise_open_files();
     let held = service_manager::held_socket().context("the socket given by the service manager cannot be used")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
@@ -101,16 +103,25 @@ fn ready_line(listen: &[SocketAddr], ops: SocketAddr) -> String {
 /// Which log lines are written, to be changed while they are.
 pub type LogFilter = reload::Handle<Targets, Registry>;
 
-/// Writes log lines of this program to stderr from now on.
-pub fn start_logging(level: LogLevel, format: LogFormat) -> LogFilter {
+/// Writes log lines of this program to stderr from now on, and sends its spans to a collector while the second result
+/// lives.
+///
+/// # Errors
+/// The address of the collector is of no use.
+pub fn start_logging(
+    level: LogLevel,
+    format: LogFormat,
+    collector: Option<&str>,
+) -> anyhow::Result<(LogFilter, Spans)> {
     let (filter, handle) = reload::Layer::new(targets(level));
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines = match format {
         LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
         LogFormat::Json => lines.json().boxed(),
     };
-    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
-    handle
+    let spans = spans::start(collector)?;
+    tracing_subscriber::registry().with(lines.with_filter(filter)).with(spans.layer()).init();
+    Ok((handle, spans))
 }
 
 fn targets(level: LogLevel) -> Targets {

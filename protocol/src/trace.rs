@@ -54,6 +54,16 @@ impl TraceContext {
     pub fn trace_id(&self) -> &str {
         &self.traceparent[3..35]
     }
+
+    /// The caller's place in it, as 16 hexadecimal digits.
+    pub fn parent_id(&self) -> &str {
+        &self.traceparent[36..52]
+    }
+
+    /// Its flags, as 2 hexadecimal digits.
+    pub fn flags(&self) -> &str {
+        &self.traceparent[53..]
+    }
 }
 
 #[cfg(test)]
@@ -66,7 +76,7 @@ mod tests {
     #[test]
     fn a_place_in_a_trace_is_read_and_told_again() {
         let read = TraceContext::parse(&format!("00-{TRACE}-b7ad6b7169203331-01"), Some("a=1,b=2")).unwrap();
-        assert_eq!(read.trace_id(), TRACE);
+        assert_eq!((read.trace_id(), read.parent_id(), read.flags()), (TRACE, "b7ad6b7169203331", "01"));
         assert_eq!((read.traceparent().len(), read.tracestate()), (55, Some("a=1,b=2")));
         let json = format!(r#"{{"traceparent":"00-{TRACE}-b7ad6b7169203331-01","tracestate":"a=1,b=2"}}"#);
         assert_eq!(serde_json::to_string(&read).unwrap(), json);

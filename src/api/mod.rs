@@ -27,7 +27,7 @@ use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::Instrument;
+use tracing::field::Empty;
 
 use self::error::ApiError;
 use crate::admin::Admin;
@@ -133,11 +133,19 @@ impl Api {
         let trace_id = trace.as_ref().map(|trace| trace.trace_id().to_owned()).unwrap_or_default();
         let method = request.method().clone();
         let path = request.uri().path().to_owned();
-        let span =
-            tracing::debug_span!("request", request_id = ?request_id, trace_id, %method, path = public_part(&path));
         let found = self.router.find(&method, &path);
         let envelope = found.as_ref().map_or(Envelope::Json, |(route, _)| route.envelope());
         let (name, door) = found.as_ref().map_or(("none", None), |(route, _)| (route.name(), route.timed_door()));
+        let span = tracing::debug_span!(
+            "request",
+            "otel.name" = name,
+            "otel.kind" = "server",
+            request_id = ?request_id,
+            trace_id,
+            %method,
+            path = public_part(&path),
+            status = Empty,
+        );
         let timing = door.map(|door| Timing::observed(door, self.metrics.clone()));
         if let Some(timing) = &timing {
             request.extensions_mut().insert(timing.clone());
@@ -145,7 +153,7 @@ impl Api {
         let metrics = self.metrics.clone();
         let result = match found {
             Ok((route, parameter)) => {
-                let work = trace::within(trace, self.dispatch(route, parameter, request)).instrument(span);
+                let work = trace::within(trace, span.clone(), self.dispatch(route, parameter, request));
                 let handled = std::panic::AssertUnwindSafe(work).catch_unwind();
                 handled.await.unwrap_or_else(|_| {
                     metrics.panics.inc();
@@ -161,6 +169,7 @@ impl Api {
             log(&error, &request_id, &trace_id, &method, &path);
             render(&error, envelope)
         });
+        span.record("status", response.status().as_u16());
         metrics.http_requests.of([name, class(response.status())]).inc();
         let headers = response.headers_mut();
         headers.insert(REQUEST_ID, request_id);

@@ -19,6 +19,7 @@ use exec_gateway_protocol::ids::TokenId;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
+use tracing::Span;
 use zeroize::Zeroizing;
 
 use super::cache::{Digest, DigestCache, Put, lock};
@@ -274,7 +275,7 @@ impl Inner {
                     flights.insert(digest, flight.clone());
                     let landing = Landing { inner: self.clone(), digest, own };
                     let token = Zeroizing::new(token.to_owned());
-                    tokio::spawn(trace::within(trace::current(), async move {
+                    tokio::spawn(trace::within(trace::current(), Span::current(), async move {
                         let answer = landing.inner.check(&digest, &token, own).await;
                         drop(landing);
                         result.send_replace(Some(answer));

@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
+use crate::audit::Audit;
 use crate::auth::Auth;
 use crate::config::{self, Live};
 use crate::journal::{Append, Full, Journal, JournalError, JournalReader, Limits};
@@ -462,6 +463,7 @@ pub struct Sessions {
     store: Store,
     auth: Auth,
     workspaces: Arc<Workspaces>,
+    audit: Audit,
     entries: DashMap<SessionId, Arc<Session>>,
     /// Bounded by the calls that may be under way, and gone with their reservation.
     starts: Mutex<Starts>,
@@ -487,6 +489,7 @@ impl Sessions {
         store: Store,
         auth: Auth,
         workspaces: Arc<Workspaces>,
+        audit: Audit,
     ) -> Result<Arc<Self>, StoreError> {
         let rows = store.sessions().await?;
         let sessions = Arc::new(Self {
@@ -496,6 +499,7 @@ impl Sessions {
             store,
             auth,
             workspaces,
+            audit,
             entries: DashMap::new(),
             starts: Mutex::default(),
             session_places: Places::default(),

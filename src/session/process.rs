@@ -20,6 +20,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, tim
 use tokio_util::sync::CancellationToken;
 
 use super::{EndSignal, Session, Sessions, StdinMode};
+use crate::audit::{self, Act};
 use crate::config::Secret;
 use crate::journal::{Append, Journal, JournalError};
 use crate::protocol::path::FileUri;
@@ -437,8 +438,24 @@ impl Task {
         if let Err(error) = self.save().await {
             tracing::warn!(session = %self.session.id, %error, "the end of a session was not stored");
         }
+        // Behind the store: what is over there does not end again.
+        let (act, outcome) = self.recorded_end();
+        if let Ok(entry) = self.sessions.audit.begin(act).await {
+            entry.end(outcome);
+        }
         self.session.client.send_replace(None);
         self.session.publish(self.newest());
+    }
+
+    /// How it ended, for the audit; its beginning was the call of the tool.
+    fn recorded_end(&self) -> (Act, audit::Outcome) {
+        let (session, row) = (&self.session, self.session.row());
+        let act = Act::new("process.end").by_the("gateway").of_workspace(&session.workspace);
+        let act = act.in_session(session.id.as_str()).at(&session.environment).on(&session.executor()).always();
+        let totals = self.journal.as_ref().map(|journal| journal.reader().totals()).unwrap_or_default();
+        let written = totals.iter().map(|stream| stream.bytes).sum();
+        let outcome = audit::Outcome::new(row.state.as_str()).exit_code(row.exit_code.map(i64::from));
+        (act, outcome.bytes(row.stdin_accepted, written))
     }
 }
 

@@ -662,12 +662,13 @@ impl Config {
     /// The page of all knobs, in Markdown.
     pub fn page() -> String {
         let mut text = String::from(
-            "# Configuration\n\nEvery knob of the gateway. A value is taken from the flag, else from the variable, else from \
-             the file given by `--config`\n(TOML, as in [`exec-gateway.toml`](exec-gateway.toml)), else it is the default. \
-             `exec-gateway check` says what is wrong with\nall of them at once, `exec-gateway config` where each value comes \
-             from. On SIGHUP (`systemctl reload`) a running gateway\ntakes over what has changed, for whatever begins from \
-             then on; knobs marked *restart* keep the value with which it\nstarted, and are named in the log. This page is \
-             generated from the table in `src/config.rs`.\n",
+            "# Configuration\n\nEvery knob of the gateway. A value is taken from the flag, else from the \
+             variable, else from the file given by `--config`\n(TOML, as in \
+             [`exec-gateway.toml`](exec-gateway.toml)), else it is the default. `exec-gateway check` says what \
+             is wrong with\nall of them at once, `exec-gateway config` where each value comes from. On SIGHUP \
+             (`systemctl reload`) a running gateway\ntakes over what has changed, for whatever begins from \
+             then on; knobs marked *restart* keep the value with which it\nstarted, and are named in the log. \
+             This page is generated from the table in `src/config.rs`.\n",
         );
         let (defaults, mut current) = (Self::default(), None);
         for knob in KNOBS {

@@ -1,5 +1,5 @@
-//! Memory: refuses new work before the kernel would end the process: past a watermark that is looked at now and then, and
-//! at once where large bodies have taken their part. What runs already goes on.
+//! Memory: refuses new work before the kernel would end the process: past a watermark that is looked at now and then,
+//! and at once where large bodies have taken their part. What runs already goes on.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -23,8 +23,8 @@ pub struct TooFast {
 }
 
 impl Pace {
-    /// Counts one question: `per_second` of them for any length of time (0: without end), and `burst` more at once after
-    /// a pause.
+    /// Counts one question: `per_second` of them for any length of time (0: without end), and `burst` more at once
+    /// after a pause.
     ///
     /// # Errors
     /// [`TooFast`]; the question does not count then.

@@ -33,6 +33,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use exec_gateway::admin::Request;
 use exec_gateway::config::{Config, ConfigFaults, Fault, Resolved};
+use exec_gateway::gateway;
 
 use args::{Cli, Command, Common, Knobs};
 
@@ -55,10 +56,10 @@ fn main() -> ExitCode {
 
 fn run(common: &Common, command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Serve { knobs } => serve::run(valid(common, &knobs)?)?,
+        Command::Serve { knobs } => serve::run(valid(common, &knobs)?, || valid(common, &knobs))?,
         // A demonstration is the same on every machine, so no variable takes part.
         Command::Demo { once, codex, knobs } => demo::run(resolve_with(common, &knobs, Vec::new())?, once, codex)?,
-        Command::Check { knobs } => return show::check(valid(common, &knobs), common.json),
+        Command::Check { knobs } => return show::check(startable(common, &knobs), common.json),
         Command::Probe { knobs } => probe::run(&valid(common, &knobs)?)?,
         Command::Config { knobs } => show::config(&resolve(common, &knobs)?, common.json)?,
         Command::Token(command) => operate(common, command.into())?,
@@ -87,6 +88,13 @@ fn operate(common: &Common, request: Request) -> anyhow::Result<()> {
 fn valid(common: &Common, knobs: &Knobs) -> Result<Config, ConfigFaults> {
     let config = resolve(common, knobs)?.config;
     let faults = config.validate();
+    if faults.is_empty() { Ok(config) } else { Err(ConfigFaults(faults)) }
+}
+
+/// The same, with the files that it names looked at too.
+fn startable(common: &Common, knobs: &Knobs) -> Result<Config, ConfigFaults> {
+    let config = resolve(common, knobs)?.config;
+    let faults = gateway::faults(&config);
     if faults.is_empty() { Ok(config) } else { Err(ConfigFaults(faults)) }
 }
 

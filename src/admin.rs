@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use crate::audit::{Act, Audit, Outcome};
-use crate::config::{self, Secret};
+use crate::config::{self, Live, Secret};
 use crate::store::{Binding, Executor, KeyPurpose, Keyring, Revocation, RevocationScope, Store, StoreError, Token};
 use crate::time::rfc3339;
 
@@ -432,15 +432,15 @@ pub struct AdminSettings {
 /// Runs operator commands on a store.
 pub struct Admin {
     store: Store,
-    settings: AdminSettings,
+    settings: Live<AdminSettings>,
     audit: Audit,
     observer: Box<dyn Fn(&Change) + Send + Sync>,
 }
 
 impl Admin {
     /// Commands on that store, recorded in that audit, with nobody to tell of changes.
-    pub fn new(store: Store, settings: AdminSettings, audit: Audit) -> Self {
-        Self { store, settings, audit, observer: Box::new(|_| {}) }
+    pub fn new(store: Store, settings: impl Into<Live<AdminSettings>>, audit: Audit) -> Self {
+        Self { store, settings: settings.into(), audit, observer: Box::new(|_| {}) }
     }
 
     /// Has the observer called after each change is stored and before it is answered. It must not block.
@@ -605,8 +605,9 @@ impl Admin {
 
     /// Where executors find the gateway, as far as it knows: without a public URL, those on its own machine.
     fn base_url(&self) -> String {
-        self.settings.public_url.clone().unwrap_or_else(|| {
-            let mut listen = self.settings.listen;
+        let settings = self.settings.now();
+        settings.public_url.clone().unwrap_or_else(|| {
+            let mut listen = settings.listen;
             if listen.ip().is_unspecified() {
                 let loopback = if listen.is_ipv4() { [127, 0, 0, 1].into() } else { [0, 0, 0, 0, 0, 0, 0, 1].into() };
                 listen.set_ip(loopback);
@@ -647,14 +648,14 @@ impl Admin {
     async fn revoke(&self, scope: RevocationScope, life: Duration) -> Result<Response, AdminError> {
         let revoked_at = SystemTime::now();
         let revocation = Revocation { scope, revoked_at, forget_at: revoked_at + life };
-        self.store.add_revocation(revocation.clone(), self.settings.revocations_max).await?;
+        self.store.add_revocation(revocation.clone(), self.settings.now().revocations_max).await?;
         Ok(self.done(Change::Revoked(revocation)))
     }
 }
 
 impl fmt::Debug for Admin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Admin").field("settings", &self.settings).finish_non_exhaustive()
+        f.debug_struct("Admin").field("settings", &*self.settings.now()).finish_non_exhaustive()
     }
 }
 

@@ -5,23 +5,29 @@
 //! `[auth]`.
 
 mod knob;
+mod live;
 mod resolve;
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use ipnet::IpNet;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 pub use knob::{Kind, Knob};
+pub use live::Live;
 pub use resolve::{ConfigFaults, Fault, Resolved, Source};
 
 use knob::Setting;
 
 macro_rules! knob {
-    ($config:ident . $($path:ident).+ : $ty:ty, $name:expr, [$($doc:literal)*], [$($range:expr)?]) => {
+    (
+        $config:ident . $($path:ident).+ : $ty:ty, $name:expr, [$($doc:literal)*], [$($range:expr)?], [$($fixed:ident)?]
+    ) => {
         Knob {
             name: $name,
             doc: concat!($($doc, "\n"),*),
@@ -29,15 +35,23 @@ macro_rules! knob {
             range: { let ranges: &[_] = &[$($range)?]; ranges.first() },
             set: |$config, items| { $config.$($path).+ = Setting::parse(items)?; Ok(()) },
             get: |$config| $config.$($path).+.show(),
+            at_start: { let marks: &[&str] = &[$(stringify!($fixed))?]; !marks.is_empty() },
+            same: |one, other| one.$($path).+ == other.$($path).+,
+            copy: |$config, from| $config.$($path).+.clone_from(&from.$($path).+),
         }
     };
 }
 
 macro_rules! config {
     (
-        top { $( $(#[doc = $tdoc:literal])* $tfield:ident : $tty:ty = $tdefault:expr ),* $(,)? }
+        top {
+            $( $(#[doc = $tdoc:literal])* $tfield:ident : $tty:ty = $tdefault:expr $(; $tfixed:ident)? ),* $(,)?
+        }
         $( $(#[doc = $sdoc:literal])* $section:ident : $Section:ident {
-            $( $(#[doc = $doc:literal])* $field:ident : $ty:ty = $default:expr $(=> $range:expr)? ),* $(,)?
+            $(
+                $(#[doc = $doc:literal])*
+                $field:ident : $ty:ty = $default:expr $(=> $range:expr)? $(; $fixed:ident)?
+            ),* $(,)?
         } )*
     ) => {
         /// The effective configuration of one gateway.
@@ -67,34 +81,85 @@ macro_rules! config {
 
         /// Every knob: those without a section first, then section by section.
         pub static KNOBS: &[Knob] = &[
-            $( knob!(config.$tfield: $tty, stringify!($tfield), [$($tdoc)*], []), )*
+            $( knob!(config.$tfield: $tty, stringify!($tfield), [$($tdoc)*], [], [$($tfixed)?]), )*
             $( $( knob!(
                 config.$section.$field: $ty,
-                concat!(stringify!($section), ".", stringify!($field)), [$($doc)*], [$($range)?]
+                concat!(stringify!($section), ".", stringify!($field)), [$($doc)*], [$($range)?], [$($fixed)?]
             ), )* )*
         ];
+
+        /// The configuration of a running gateway: whole, and by section for the parts that hold theirs.
+        pub struct Running {
+            whole: Live<Config>,
+            before: Live<Option<Arc<Config>>>,
+            /// How reloads went.
+            pub reloads: Reloads,
+            $( $(#[doc = $sdoc])* pub $section: Live<$Section>, )*
+        }
+
+        impl Running {
+            /// With what the gateway starts.
+            pub fn new(config: Config) -> Self {
+                Self {
+                    $( $section: config.$section.clone().into(), )*
+                    before: None.into(),
+                    reloads: Reloads::default(),
+                    whole: config.into(),
+                }
+            }
+
+            /// Takes over another configuration, for whatever begins from now on.
+            pub fn set(&self, config: Config) {
+                self.before.set(Some(self.now()));
+                $( self.$section.set(config.$section.clone()); )*
+                self.whole.set(config);
+            }
+        }
 
         /// The sections of the configuration file, each with its sentence.
         static SECTIONS: &[(&str, &str)] = &[ $( (stringify!($section), concat!($($sdoc),*)) ),* ];
     };
 }
 
+/// How many reloads there were since the start.
+#[derive(Debug, Default)]
+pub struct Reloads {
+    /// Those that were carried out.
+    pub done: AtomicU64,
+    /// Those that were refused, since something was wrong with what was read.
+    pub refused: AtomicU64,
+}
+
+impl Running {
+    /// All knobs in effect at this moment.
+    pub fn now(&self) -> Arc<Config> {
+        self.whole.now()
+    }
+
+    /// Those before the last reload. Secrets that callers show are good until the reload after the one that replaced
+    /// them, so that callers can be given the new one in between.
+    pub fn before(&self) -> Option<Arc<Config>> {
+        (*self.before.now()).clone()
+    }
+}
+
+// A knob with `; at_start` keeps its value until the gateway is started anew; all others follow a reload.
 config! {
     top {
         /// Addresses of the API; comma-separated outside of files.
-        listen: Vec<SocketAddr> = vec![SocketAddr::from(([127, 0, 0, 1], 6060))],
+        listen: Vec<SocketAddr> = vec![SocketAddr::from(([127, 0, 0, 1], 6060))]; at_start,
         /// Address of `/metrics`, `/healthz` and `/readyz` for operators.
-        ops_listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 6061)),
+        ops_listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 6061)); at_start,
         /// Directory of everything that outlives the process. Empty: `$STATE_DIRECTORY`, else `$XDG_STATE_HOME/exec-gateway`, else `~/.local/state/exec-gateway`.
-        state_dir: Option<PathBuf> = None,
+        state_dir: Option<PathBuf> = None; at_start,
         /// Base URL under which executors reach this gateway. Empty: the Host each of them called.
         public_url: Option<String> = None,
         /// Least severe log lines written: error, warn, info, debug or trace.
         log_level: LogLevel = LogLevel::Info,
         /// Form of log lines: text or json.
-        log_format: LogFormat = LogFormat::Text,
+        log_format: LogFormat = LogFormat::Text; at_start,
         /// Base URL of an OpenTelemetry collector that is sent the spans of requests, as `http://127.0.0.1:4318`; in builds with the feature `otlp`. Empty: none are made.
-        otlp_endpoint: Option<String> = None,
+        otlp_endpoint: Option<String> = None; at_start,
     }
 
     /// HTTP connections and requests.
@@ -119,7 +184,7 @@ config! {
         trusted_proxies: Vec<IpNet> = Vec::new(),
     }
 
-    /// Encryption of the listeners. The files are read again at SIGHUP.
+    /// Encryption of the listeners. The files are read again at SIGHUP, for new connections.
     tls: TlsPaths {
         /// PEM file with the certificate of the API and those that it is signed by. Empty: the API is served in the open.
         certificate: Option<PathBuf> = None,
@@ -243,12 +308,28 @@ config! {
     workspace: Workspaces {
         /// Tool calls at once of one workspace; further ones get 429.
         calls_max: usize = 256 => 1..=1_000_000,
+        /// Requests of one workspace in a second, by whichever door; further ones get 429. 0: as many as it likes.
+        calls_per_second_max: u64 = 10_000 => 0..=10_000_000,
+        /// Requests beyond that which may come at once after a pause.
+        calls_burst_max: u64 = 20_000 => 0..=10_000_000,
         /// Time after which an unused workspace is dropped from memory, in seconds.
         idle_secs: u64 = 900 => 1..=30 * 86_400,
         /// Workspaces held in memory; past it the least lately used idle one is dropped.
         entries_max: usize = 10_000 => 1..=10_000_000,
         /// How long a workspace's environment names are believed without reading the store again, in seconds.
         resolver_ttl_secs: u64 = 10 => 1..=3600,
+    }
+
+    /// Memory of the process.
+    memory: Memory {
+        /// Part of its memory past which new work is refused with 503, in percent; 0 never. What runs goes on.
+        high_percent: u64 = 85 => 0..=100,
+        /// Part below which new work is taken again, in percent; at most `high_percent`.
+        low_percent: u64 = 75 => 0..=100,
+        /// What the process may take, in bytes; 0: as much as its control group, its limits (RLIMIT_AS, RLIMIT_DATA) and the machine allow.
+        limit_bytes: usize = 0 => 0..=1024 * 1024 * 1024 * 1024,
+        /// Bytes of request bodies, and of answers that are not taken yet, in memory at once; requests that would need more get 503. Work on one takes up to four times its size.
+        bodies_bytes_max: u64 = 512 * 1024 * 1024 => 1..=1024 * 1024 * 1024 * 1024,
     }
 
     /// Tool calls.
@@ -318,7 +399,7 @@ config! {
     /// The record of who did what.
     audit: Audit {
         /// Whether what callers, harnesses, executors and operators do is recorded: true or false.
-        enabled: bool = true,
+        enabled: bool = true; at_start,
         /// What becomes of new calls while the disk takes no more records: refuse answers them with 503, go_on carries them out and records later how many records are missing.
         when_full: WhenFull = WhenFull::Refuse,
         /// Whether contents are recorded too: whole arguments with file contents, patches and values of variables, and what is written to stdin.
@@ -334,7 +415,7 @@ config! {
         /// How long records are kept, in days; files go as a whole.
         retention_days: u64 = 90 => 1..=36_525,
         /// Records waiting to be written; further calls wait. As many ends of calls are held back while the disk takes no more.
-        queue_max: usize = 1024 => 1..=1_000_000,
+        queue_max: usize = 1024 => 1..=1_000_000; at_start,
         /// What is under way and remembered, so that after a kill its end is recorded as unknown.
         open_max: usize = 65_536 => 1..=1_000_000,
     }
@@ -511,6 +592,12 @@ impl Config {
         if self.link.message_bytes_max < self.link.frame_bytes_max {
             wrong("link.message_bytes_max", "must be at least link.frame_bytes_max, since a message fills a frame");
         }
+        if self.memory.low_percent > self.memory.high_percent && self.memory.high_percent > 0 {
+            wrong("memory.low_percent", "must be at most memory.high_percent");
+        }
+        if self.memory.bodies_bytes_max < self.edge.body_bytes_max as u64 {
+            wrong("memory.bodies_bytes_max", "must be at least edge.body_bytes_max, or a large body is never taken");
+        }
         if self.tools.timeout_secs > self.tools.timeout_max_secs {
             wrong("tools.timeout_secs", "must be at most tools.timeout_max_secs");
         }
@@ -554,7 +641,8 @@ impl Config {
             "# Configuration of exec-gateway: every knob at its default.\n\
              #\n\
              # Flags win over the environment, which wins over this file. A knob has one name: upstream_url below [auth]\n\
-             # is --auth-upstream-url and EXEC_GATEWAY_AUTH_UPSTREAM_URL. An empty text is the same as none.\n",
+             # is --auth-upstream-url and EXEC_GATEWAY_AUTH_UPSTREAM_URL. An empty text is the same as none.\n\
+             # SIGHUP has a running gateway take over what changed, but for knobs that say that they need a restart.\n",
         );
         let (defaults, mut current) = (Self::default(), None);
         for knob in KNOBS {
@@ -563,7 +651,45 @@ impl Config {
                 let (name, doc) = SECTIONS.iter().find(|(name, _)| Some(*name) == current).expect("the same table");
                 text += &format!("\n\n{}[{name}]\n", comment(doc));
             }
-            text += &format!("\n{}{} = {}\n", comment(&knob.doc()), knob.key(), knob.toml(&defaults));
+            let restart = if knob.at_start { " Needs a restart to change." } else { "" };
+            text += &format!("\n{}{} = {}\n", comment(&(knob.doc() + restart)), knob.key(), knob.toml(&defaults));
+        }
+        text
+    }
+}
+
+impl Config {
+    /// The page of all knobs, in Markdown.
+    pub fn page() -> String {
+        let mut text = String::from(
+            "# Configuration\n\nEvery knob of the gateway. A value is taken from the flag, else from the \
+             variable, else from the file given by `--config`\n(TOML, as in \
+             [`exec-gateway.toml`](exec-gateway.toml)), else it is the default. `exec-gateway check` says what \
+             is wrong with\nall of them at once, `exec-gateway config` where each value comes from. On SIGHUP \
+             (`systemctl reload`) a running gateway\ntakes over what has changed, for whatever begins from \
+             then on; knobs marked *restart* keep the value with which it\nstarted, and are named in the log. \
+             This page is generated from the table in `src/config.rs`.\n",
+        );
+        let (defaults, mut current) = (Self::default(), None);
+        for knob in KNOBS {
+            if current != Some(knob.section()) {
+                current = Some(knob.section());
+                let section = SECTIONS.iter().find(|(name, _)| Some(*name) == knob.section());
+                text += &match section {
+                    Some((name, doc)) => format!("\n## `[{name}]`\n\n{}\n", doc.trim()),
+                    None => "\n## Above all sections\n".into(),
+                };
+                text += "\n| knob | default | values | reload | what it says |\n|---|---|---|---|---|\n";
+            }
+            let flag = knob.flag().map_or("no flag".into(), |flag| format!("`--{flag}`"));
+            let values = match knob.range {
+                Some(range) => format!("{} to {}", range.start(), range.end()),
+                None => format!("`{}`", knob.kind.placeholder().replace('|', "\\|")),
+            };
+            let reload = if knob.at_start { "*restart*" } else { "yes" };
+            let (name, variable, default) = (knob.name, knob.variable(), knob.toml(&defaults));
+            let doc = knob.doc().replace('|', "\\|");
+            text += &format!("| `{name}`<br>{flag}<br>`{variable}` | `{default}` | {values} | {reload} | {doc} |\n");
         }
         text
     }
@@ -728,6 +854,8 @@ mod tests {
         assert_eq!(places(|config| config.link.dead_secs = 20), ["link.dead_secs"]);
         assert_eq!(places(|config| config.link.takeover_ping_secs = 8), ["link.takeover_ping_secs"]);
         assert_eq!(places(|config| config.link.message_bytes_max = 8192), ["link.message_bytes_max"]);
+        assert_eq!(places(|config| config.memory.low_percent = 86), ["memory.low_percent"]);
+        assert_eq!(places(|config| config.memory.bodies_bytes_max = 4096), ["memory.bodies_bytes_max"]);
         assert_eq!(places(|config| config.tools.timeout_secs = 3601), ["tools.timeout_secs"]);
         assert_eq!(places(|config| config.drain.announce_secs = 26), ["drain.grace_secs"]);
         assert_eq!(places(|config| config.audit.bytes_max = 20 * 1024 * 1024), ["audit.bytes_max"]);
@@ -791,6 +919,17 @@ mod tests {
         assert_eq!(services("s3cret", "with blanks inside"), Vec::<String>::new());
         assert_eq!(services("", ""), ["auth.shared_secret", "auth.internal_secret"]);
         assert_eq!(services("with a blank", " s3cret"), ["auth.internal_secret", "auth.shared_secret"]);
+    }
+
+    /// `REWRITE=1 cargo test` brings the page up to date after a change of the table.
+    #[test]
+    fn the_page_in_deploy_tells_every_knob() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/CONFIGURATION.md");
+        if std::env::var_os("REWRITE").is_some() {
+            std::fs::write(&path, Config::page()).unwrap();
+        }
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(text == Config::page(), "deploy/CONFIGURATION.md is out of date: run this test with REWRITE=1");
     }
 
     /// `REWRITE=1 cargo test` brings the file up to date after a change of the table.

@@ -24,9 +24,9 @@ use tokio_util::task::TaskTracker;
 use crate::admin::{Admin, AdminSettings, Change, bind_admin, serve_admin};
 use crate::api::Api;
 use crate::audit::{self, Audit};
-use crate::auth::{Auth, AuthStartError};
-use crate::config::{Config, NoStateDir};
-use crate::edge::listener::{Counts, Listener};
+use crate::auth::{self, Auth, AuthStartError};
+use crate::config::{Config, ConfigFaults, Fault, KNOBS, Live, NoStateDir, Running, TlsFiles};
+use crate::edge::listener::{Counts, Listener, Places};
 use crate::edge::tls::{Tls, TlsError};
 use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
@@ -119,7 +119,7 @@ pub struct Gateway {
     acceptors: TaskTracker,
     ops_accepting: CancellationToken,
     ops_acceptors: TaskTracker,
-    tls: Vec<Arc<Tls>>,
+    reloading: Reloading,
     _lock: StateLock,
 }
 
@@ -158,10 +158,11 @@ impl Gateway {
         let lock = lock(&state_dir).await.map_err(of_store)?;
         let store = Store::open(&state_dir).map_err(of_store)?;
         let audit_dir = state_dir.join(audit::DIRECTORY);
-        let audit = Audit::open(&audit_dir, config.audit.clone());
+        let running = Arc::new(Running::new(config.clone()));
+        let audit = Audit::open(&audit_dir, running.audit.clone());
         let audit = audit.map_err(|source| StartError::Audit { path: audit_dir, source })?;
         let metrics = Arc::new(Metrics::default());
-        let auth = Auth::new(store.clone(), &config.auth, metrics.clone()).await?;
+        let auth = Auth::new(store.clone(), running.auth.clone(), metrics.clone()).await?;
         let registry = Arc::new(Registry::default());
         remember_executors(&store, &registry, config.link.executor_seen_secs).await.map_err(of_store)?;
         let corridor = Arc::new(Corridor {
@@ -169,25 +170,25 @@ impl Gateway {
             store: store.clone(),
             auth,
             registry,
-            identity: GatewayIdentity::generate()?,
-            link: Arc::new(config.link.clone()),
-            settings: config.workspace.clone(),
+            identity: GatewayIdentity::generate()?.into(),
+            link: running.link.clone(),
+            settings: running.workspace.clone(),
             endings: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
-        let (tls, ops_tls) = (config.tls.api().map(Tls::new).transpose()?, config.tls.ops().map(Tls::new).transpose()?);
-        let (tls, ops_tls) = (tls.map(Arc::new), ops_tls.map(Arc::new));
+        let tls = Live::from(config.tls.api().map(Tls::new).transpose()?);
+        let ops_tls = Live::from(config.tls.ops().map(Tls::new).transpose()?);
         let workspaces = Arc::new(Workspaces::new(corridor.clone()));
         let sessions = Sessions::restore(
-            config.session.clone(),
-            config.tools.env_exclude.clone(),
+            running.session.clone(),
+            running.tools.clone(),
             &corridor,
             workspaces.clone(),
             metrics.clone(),
             audit.clone(),
         );
         let sessions = sessions.await.map_err(of_store)?;
-        let api = Arc::new(Api::new(config.clone(), corridor, workspaces, sessions, metrics.clone(), audit.clone()));
+        let api = Arc::new(Api::new(running.clone(), corridor, workspaces, sessions, metrics.clone(), audit.clone()));
 
         let sockets: Vec<TcpListener> = match held {
             Some(held) => vec![adopt(held)?],
@@ -196,15 +197,11 @@ impl Gateway {
         let ops_socket = bind(config.ops_listen)?;
         let listen: Vec<SocketAddr> = sockets.iter().filter_map(|socket| socket.local_addr().ok()).collect();
         let ops = ops_socket.local_addr().unwrap_or(config.ops_listen);
-        let admin_settings = AdminSettings {
-            public_url: config.public_url.clone(),
-            listen: listen.first().copied().unwrap_or(config.ops_listen),
-            revocations_max: config.auth.revocations_max,
-            audit: config.audit.clone(),
-        };
+        let admin_settings = Live::from(admin_settings(&config, &listen));
         let observed = api.clone();
         let admin = Arc::new(
-            Admin::new(store.clone(), admin_settings, audit).observed_by(move |change| apply(&observed, change)),
+            Admin::new(store.clone(), admin_settings.clone(), audit)
+                .observed_by(move |change| apply(&observed, change)),
         );
         let _ = api.operators.set(Arc::downgrade(&admin));
         let admin_socket = bind_admin(&state_dir, &lock).map_err(|source| StartError::Listen {
@@ -215,7 +212,7 @@ impl Gateway {
             let api = api.clone();
             move |request: Request<Incoming>| api.clone().answer(request)
         };
-        let listener = Listener::new(config.edge.clone(), tls.clone(), service);
+        let listener = Listener::new(running.edge.clone(), tls.clone(), service);
         let ops_counts = Arc::new(Counts::default());
         let listeners = [("api", listener.counts.clone()), ("ops", ops_counts.clone())];
         let health = Arc::new(Health {
@@ -234,15 +231,26 @@ impl Gateway {
         let ops_listener = {
             let health = health.clone();
             let service = move |request: Request<Incoming>| health.clone().answer(request);
-            Listener::counted(config.edge.clone(), ops_tls.clone(), service, ops_counts)
+            Listener::counted(running.edge.clone(), ops_tls.clone(), service, ops_counts)
         };
         let (ops_accepting, ops_acceptors) = (CancellationToken::new(), TaskTracker::new());
+        let places = [listener.places(), ops_listener.places()];
         ops_acceptors.spawn(ops_listener.accept(ops_socket, ops_accepting.clone()));
 
         let background = CancellationToken::new();
         tokio::spawn(serve_admin(admin_socket, admin.clone(), background.clone()));
         tokio::spawn(sweep(api.clone(), background.clone()));
         tokio::spawn(watch_disk(api.clone(), background.clone()));
+        tokio::spawn(api.memory.clone().watch(background.clone()));
+        let reloading = Reloading {
+            config: running,
+            corridor: api.corridor.clone(),
+            admin: admin_settings,
+            listen: listen.clone(),
+            tls,
+            ops_tls,
+            places: Arc::new(places),
+        };
         Ok(Self {
             connections: listener.connections.clone(),
             drain: listener.drain.clone(),
@@ -256,7 +264,7 @@ impl Gateway {
             acceptors,
             ops_accepting,
             ops_acceptors,
-            tls: tls.into_iter().chain(ops_tls).collect(),
+            reloading,
             _lock: lock,
         })
     }
@@ -281,15 +289,15 @@ impl Gateway {
         &self.admin
     }
 
-    /// What can be had anew from files while the gateway runs.
+    /// What gives another configuration to this gateway while it runs.
     pub fn reloading(&self) -> Reloading {
-        Reloading { tls: self.tls.clone() }
+        self.reloading.clone()
     }
 
     /// Serves until `stop` is ready, then drains: callers stop before what they depend on.
     pub async fn run_until(self, stop: impl Future<Output = ()>) {
         stop.await;
-        let drain = self.api.config.drain.clone();
+        let drain = self.api.config.drain.now();
         self.health.serving.store(false, Ordering::Relaxed);
         tracing::info!("draining");
         sleep(Duration::from_secs(drain.announce_secs)).await;
@@ -345,18 +353,106 @@ impl Gateway {
     }
 }
 
-/// What a running gateway reads from its files again.
+/// Gives another configuration to a running gateway.
+#[derive(Clone)]
 pub struct Reloading {
-    tls: Vec<Arc<Tls>>,
+    config: Arc<Running>,
+    corridor: Arc<Corridor>,
+    admin: Live<AdminSettings>,
+    listen: Vec<SocketAddr>,
+    tls: Live<Option<Tls>>,
+    ops_tls: Live<Option<Tls>>,
+    places: Arc<[Places; 2]>,
+}
+
+/// What a reload came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reloaded {
+    /// Knobs that have another value from now on.
+    pub changed: Vec<&'static str>,
+    /// Knobs that were given another value, and keep the one they have until the gateway is started anew.
+    pub kept: Vec<&'static str>,
 }
 
 impl Reloading {
-    /// Reads certificates and keys of TLS again, for connections from now on.
+    /// Takes over a configuration as it was read anew, and reads again the files that it names. What begins from now on
+    /// follows it; connections, links, streams, sessions and calls under way go on as they began. The gateway's key
+    /// towards executors is made anew too.
     ///
     /// # Errors
-    /// [`TlsError`] of the first listener whose files cannot be used; it goes on with what it has.
-    pub fn reload(&self) -> Result<(), TlsError> {
-        self.tls.iter().try_for_each(|tls| tls.reload())
+    /// All that is wrong with it, and then everything stays as it was.
+    pub fn reload(&self, read: Result<Config, ConfigFaults>) -> Result<Reloaded, ConfigFaults> {
+        let reloaded = read.and_then(|config| self.take_over(config));
+        let reloads = &self.config.reloads;
+        let count = if reloaded.is_ok() { &reloads.done } else { &reloads.refused };
+        count.fetch_add(1, Ordering::Relaxed);
+        reloaded
+    }
+
+    fn take_over(&self, mut config: Config) -> Result<Reloaded, ConfigFaults> {
+        let running = self.config.now();
+        let others = KNOBS.iter().filter(|knob| !knob.same(&config, &running));
+        let (kept, changed): (Vec<_>, Vec<_>) = others.partition(|knob| knob.at_start);
+        kept.iter().for_each(|knob| knob.copy(&mut config, &running));
+
+        let mut faults = config.validate();
+        let tls = tls("tls.certificate", config.tls.api(), &mut faults);
+        let ops_tls = self::tls("tls.ops_certificate", config.tls.ops(), &mut faults);
+        let upstream = usable("auth.upstream_url", self.corridor.auth.upstream(&config.auth), &mut faults);
+        let identity = usable("link", GatewayIdentity::generate(), &mut faults);
+        let (true, Some(upstream), Some(identity)) = (faults.is_empty(), upstream, identity) else {
+            return Err(ConfigFaults(faults));
+        };
+
+        self.tls.set(tls);
+        self.ops_tls.set(ops_tls);
+        self.corridor.identity.set(identity);
+        self.admin.set(admin_settings(&config, &self.listen));
+        let places_max = config.edge.connections_max;
+        self.places.iter().for_each(|places| places.resize(running.edge.connections_max, places_max));
+        self.config.set(config);
+        self.corridor.auth.reconfigure(upstream);
+        let names = |knobs: Vec<&crate::config::Knob>| knobs.into_iter().map(|knob| knob.name).collect();
+        Ok(Reloaded { changed: names(changed), kept: names(kept) })
+    }
+}
+
+/// All that is wrong with a configuration and with the files that it names; empty when a gateway can start with them,
+/// as far as can be said without starting it.
+pub fn faults(config: &Config) -> Vec<Fault> {
+    let mut faults = config.validate();
+    tls("tls.certificate", config.tls.api(), &mut faults);
+    tls("tls.ops_certificate", config.tls.ops(), &mut faults);
+    if faults.iter().all(|fault| !fault.place.starts_with("auth.upstream")) {
+        usable("auth.upstream_url", auth::check_upstream(&config.auth), &mut faults);
+    }
+    faults
+}
+
+fn tls(knob: &str, files: Option<TlsFiles>, faults: &mut Vec<Fault>) -> Option<Tls> {
+    usable(knob, files.map(Tls::new).transpose(), faults).flatten()
+}
+
+/// The value, or what is wrong with it among the faults, with all that led to it.
+fn usable<T, E: std::error::Error>(knob: &str, made: Result<T, E>, faults: &mut Vec<Fault>) -> Option<T> {
+    let note = |error: E| {
+        let mut message = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            message += &format!(": {error}");
+            cause = error.source();
+        }
+        faults.push(Fault::new(knob, message));
+    };
+    made.map_err(note).ok()
+}
+
+fn admin_settings(config: &Config, listen: &[SocketAddr]) -> AdminSettings {
+    AdminSettings {
+        public_url: config.public_url.clone(),
+        listen: listen.first().copied().unwrap_or(config.ops_listen),
+        revocations_max: config.auth.revocations_max,
+        audit: config.audit.clone(),
     }
 }
 
@@ -540,6 +636,7 @@ fn overview(api: &Api) -> serde_json::Value {
         "sockets": { "executors": api.links.len(), "callers": api.sockets.len() },
         "audit": { "records": audit.records, "bytes": audit.bytes, "missing": audit.missing, "failing": audit.failing },
         "tokens": { "known": known, "refused": refused },
+        "memory": { "high": api.memory.is_high(), "held": api.memory.held() },
         "tasks": tokio::runtime::Handle::current().metrics().num_alive_tasks(),
     })
 }
@@ -597,6 +694,11 @@ fn read(api: &Api, listeners: &[(&'static str, Arc<Counts>)]) {
     metrics.token_evictions.count([(["good"], tokens.positive_evictions), (["refused"], tokens.negative_evictions)]);
     metrics.upstream_requests.set(tokens.upstream_requests);
     metrics.upstream_failures.set(tokens.upstream_failures);
+
+    metrics.body_memory.set(api.memory.held());
+    let reloads = &api.config.reloads;
+    metrics.reloads.of(["done"]).set(reloads.done.load(Ordering::Relaxed));
+    metrics.reloads.of(["refused"]).set(reloads.refused.load(Ordering::Relaxed));
 
     let audit = api.audit.counts();
     metrics.audit_records.set(audit.records);

@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
-use crate::config;
+use crate::config::{self, Live};
 use crate::edge::body::BrokenOff;
 use crate::edge::pipe::{PipeWriter, PipedBody, pipe};
 use crate::protocol::ids::{ExecutorId, WorkspaceId};
@@ -101,7 +101,7 @@ pub struct Created {
 
 /// Every transfer of the gateway.
 pub struct Transfers {
-    settings: config::Transfers,
+    settings: Live<config::Transfers>,
     /// By the digest of the ticket: how long a look-up takes says nothing about tickets.
     table: Mutex<HashMap<[u8; 32], Arc<Transfer>>>,
 }
@@ -175,8 +175,8 @@ impl Upload {
 
 impl Transfers {
     /// No transfers yet.
-    pub fn new(settings: config::Transfers) -> Self {
-        Self { settings, table: Mutex::default() }
+    pub fn new(settings: impl Into<Live<config::Transfers>>) -> Self {
+        Self { settings: settings.into(), table: Mutex::default() }
     }
 
     /// Makes a transfer; gives its ticket and how long the two sides have to meet.
@@ -184,8 +184,9 @@ impl Transfers {
     /// # Errors
     /// [`TransferError::TooMany`].
     pub fn create(&self, order: Order) -> Result<Created, TransferError> {
-        let ttl_max = Duration::from_secs(self.settings.ticket_ttl_max_secs);
-        let ttl = order.ttl.unwrap_or(Duration::from_secs(self.settings.ticket_ttl_secs)).min(ttl_max);
+        let settings = self.settings.now();
+        let ttl_max = Duration::from_secs(settings.ticket_ttl_max_secs);
+        let ttl = order.ttl.unwrap_or(Duration::from_secs(settings.ticket_ttl_secs)).min(ttl_max);
         let mut random = Zeroizing::new([0; 32]);
         getrandom::fill(&mut *random).expect("the system has random numbers");
         let ticket = Zeroizing::new(format!("{TICKET_PREFIX}{}", URL_SAFE_NO_PAD.encode(*random)));
@@ -202,7 +203,7 @@ impl Transfers {
         table.retain(|_, known| !known.is_forgotten(now));
         let of_workspace = |known: &&Arc<Transfer>| known.order.workspace == transfer.order.workspace;
         let (over, open): (Vec<_>, Vec<_>) = table.values().filter(of_workspace).partition(|known| known.is_over());
-        let max = self.settings.workspace_max;
+        let max = settings.workspace_max;
         if open.len() >= max {
             return Err(TransferError::TooMany(max));
         }

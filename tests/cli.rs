@@ -115,6 +115,35 @@ async fn check_names_every_fault_at_once() {
 }
 
 #[tokio::test]
+async fn check_reads_the_files_that_the_configuration_names() {
+    let home = Scratch::new();
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let tls = |knob: &str, path: &str| [format!("--tls-{knob}"), path.to_owned()];
+    for (certificate, key) in [("cert-a.pem", "key-a.pem"), ("cert-b.pem", "key-b.pem")] {
+        let made = rcgen::generate_simple_self_signed(["gw.example".to_owned()]).unwrap();
+        std::fs::write(path(certificate), made.cert.pem()).unwrap();
+        std::fs::write(path(key), made.signing_key.serialize_pem()).unwrap();
+    }
+    let check = async |certificate: &str, key: &str| {
+        let flags = [vec!["check".to_owned()], tls("certificate", certificate).into(), tls("key", key).into()].concat();
+        run(&home, &flags.iter().map(String::as_str).collect::<Vec<_>>()).await
+    };
+    assert_eq!(check(&path("cert-a.pem"), &path("key-a.pem")).await.code, Some(0));
+    for (certificate, key, told) in [
+        (path("cert-a.pem"), path("key-b.pem"), "KeyMismatch"),
+        (path("nowhere.pem"), path("key-a.pem"), "nowhere.pem"),
+        (path("key-a.pem"), path("cert-a.pem"), "tls.certificate"),
+    ] {
+        let ran = check(&certificate, &key).await;
+        assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+        assert!(ran.stderr.contains("tls.certificate") && ran.stderr.contains(told), "{told}: {}", ran.stderr);
+    }
+    let secret = run(&home, &["check", "--auth-shared-secret-file", &path("nowhere.secret")]).await;
+    assert_eq!(secret.code, Some(2));
+    assert!(secret.stderr.contains("nowhere.secret cannot be read"), "{}", secret.stderr);
+}
+
+#[tokio::test]
 async fn man_pages_and_completions_know_every_command_and_every_knob() {
     let home = Scratch::new();
     for what in ["man", "completions"] {

@@ -104,6 +104,39 @@ async fn connections_past_the_bound_wait_until_another_ends() {
     assert_eq!(third.await.status, 200);
 }
 
+#[tokio::test]
+async fn who_asks_too_often_is_told_when_to_come_again_and_executors_never_are() {
+    let gateway = TestGateway::with(|config| {
+        (config.workspace.calls_per_second_max, config.workspace.calls_burst_max) = (1, 3);
+    })
+    .await;
+    let (hasty, calm) = (gateway.caller("hasty").await, gateway.caller("calm").await);
+    let credentials = gateway.executor("hasty", "box").await;
+    let mut refused = 0;
+    for _ in 0..8 {
+        for answer in [
+            hasty.post("/api/connectors/envs/list", json!({})).await,
+            hasty.tool("nowhere", "shell", json!({ "command": "true" })).await,
+            hasty.send("GET", "/api/connectors/envs/nowhere/files?path=a", &[], "").await,
+            hasty.send("GET", "/api/connectors/processes", &[], "").await,
+            hasty.post(&format!("/cloud/environment/{}/connect", credentials.executor), json!({})).await,
+        ] {
+            match (answer.status.as_u16(), answer.header("retry-after")) {
+                (429, Some("1" | "2")) => {
+                    assert_eq!(answer.code(), "rate_limited");
+                    refused += 1;
+                }
+                (200 | 400 | 404, None) => {}
+                _ => panic!("{answer:?}"),
+            }
+        }
+        let executor = FakeExecutor::new(gateway.address(), &credentials);
+        executor.registered().await;
+    }
+    assert!(refused > 20, "{refused} of 40 requests were refused");
+    assert_eq!(calm.post("/api/connectors/envs/list", json!({})).await.status, 200, "others are not concerned");
+}
+
 /// The request of a new executor's socket, as one that has registered sends it.
 async fn upgrade_request(gateway: &TestGateway, name: &str) -> String {
     let corridor = &gateway.gateway.api().corridor;

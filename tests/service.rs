@@ -23,13 +23,18 @@ async fn the_service_manager_is_told_of_the_start_the_life_and_the_end() {
     for _ in 0..3 {
         assert_eq!(told().await, "WATCHDOG=1\n");
     }
-    let ended = tokio::spawn(daemon.terminate());
-    let farewell = loop {
+    let told_next = async || loop {
         let text = told().await;
         if text != "WATCHDOG=1\n" {
             break text;
         }
     };
+    daemon.hang_up().await;
+    let begun = told_next().await;
+    assert!(begun.starts_with("RELOADING=1\nMONOTONIC_USEC="), "{begun}");
+    assert_eq!(told_next().await, "READY=1\n");
+    let ended = tokio::spawn(daemon.terminate());
+    let farewell = told_next().await;
     assert_eq!(farewell, "STOPPING=1\nSTATUS=draining\n");
     assert_eq!(ended.await.unwrap(), Some(0));
 }

@@ -104,6 +104,30 @@ fn register(credentials: &Credentials) -> String {
     )
 }
 
+#[tokio::test]
+async fn operators_are_served_over_tls_to_whoever_shows_a_certificate() {
+    let (scratch, authority) = (Scratch::new(), Authority::new());
+    let (certificate, key) = authority.identity("gw.example").write(&scratch);
+    let authorities = authority.write(&scratch, "operators.pem");
+    let gateway = TestGateway::with(|config| {
+        config.tls.ops_certificate = Some(certificate);
+        config.tls.ops_key = Some(key);
+        config.tls.ops_authorities = Some(authorities);
+    })
+    .await;
+    let ready = async |client: TlsConnector| {
+        let socket = TcpStream::connect(gateway.gateway.ops()).await?;
+        let mut socket = client.connect(ServerName::try_from("gw.example").unwrap(), socket).await?;
+        socket.write_all(b"GET /healthz HTTP/1.1\r\nhost: gw\r\nconnection: close\r\n\r\n").await?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.map(|_| answer)
+    };
+    let answer = ready(authority.client(Some(&authority.identity("operator.example")))).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(ready(authority.client(None)).await.is_err());
+    assert_eq!(gateway.stranger().send("GET", "/healthz", &[], "").await.status, 200, "the API has none");
+}
+
 const HEALTH: &str = "GET /healthz HTTP/1.1\r\nhost: gw.example\r\nconnection: close\r\n\r\n";
 
 #[tokio::test]
@@ -162,12 +186,12 @@ async fn certificates_are_read_again_for_new_connections_and_bad_ones_change_not
     assert!(ask(&gateway, &old.client(None), HEALTH).await.is_ok());
 
     new.identity("gw.example").write(&scratch);
-    gateway.gateway.reloading().reload().unwrap();
+    gateway.reload(|_| {}).unwrap();
     assert!(ask(&gateway, &new.client(None), HEALTH).await.is_ok());
     assert!(ask(&gateway, &old.client(None), HEALTH).await.is_err());
 
     std::fs::write(certificate, "not a certificate").unwrap();
-    assert!(gateway.gateway.reloading().reload().is_err());
+    assert!(gateway.reload(|_| {}).is_err());
     assert!(ask(&gateway, &new.client(None), HEALTH).await.is_ok());
 }
 

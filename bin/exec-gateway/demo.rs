@@ -45,7 +45,7 @@ pub fn run(resolved: Resolved, once: bool, codex: Option<PathBuf>) -> anyhow::Re
         Source::Default => LogLevel::Warn,
         _ => resolved.config.log_level,
     };
-    let _spans = start_logging(level, resolved.config.log_format, resolved.config.otlp_endpoint.as_deref())?;
+    let _logging = start_logging(level, resolved.config.log_format, resolved.config.otlp_endpoint.as_deref())?;
     let open_files_max = raise_open_files();
     tracing::info!(open_files_max, "starting");
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;

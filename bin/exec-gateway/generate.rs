@@ -128,7 +128,7 @@ fn operation(page: &mut Roff) {
              to come back, and the process exits 0 within 60 s. Process sessions go on at their executors, and the \
              next gateway takes them up.",
         ),
-        ("SIGHUP", "Certificates are read again, for new connections."),
+        ("SIGHUP", "Configuration, certificates and secrets are read again."),
     ];
     const STATUS: [(&str, &str); 3] = [("0", "Done."), ("1", "Failed."), ("2", "Wrong usage or configuration.")];
     let sections = [("EXIT STATUS", &STATUS[..]), ("SIGNALS", &SIGNALS), ("FILES OF THE DEBIAN PACKAGE", &FILES)];

@@ -23,6 +23,16 @@ pub fn serving() {
     }
 }
 
+/// Says that the daemon reads its configuration anew.
+pub fn reloading() {
+    tell(&[NotifyState::Reloading, NotifyState::monotonic_usec_now().unwrap_or(NotifyState::MonotonicUsec(0))]);
+}
+
+/// Says that it has done so, with whatever result.
+pub fn reloaded() {
+    tell(&[NotifyState::Ready]);
+}
+
 /// Says that the daemon drains: from here on its end is meant.
 pub fn stopping() {
     tell(&[NotifyState::Stopping, NotifyState::Status("draining")]);

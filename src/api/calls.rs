@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hyper::HeaderMap;
 use serde_json::Value;
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
@@ -14,13 +14,17 @@ use super::audited;
 use super::error::ApiError;
 use crate::audit::Act;
 use crate::auth::{AuthError, Principal, Revocations, bearer};
+use crate::ops::memory::Held;
 use crate::protocol::rest::{Ran, ToolResult};
 use crate::timing::Timing;
 use crate::tools::{Call, Effect, Progress, Tool};
-use crate::workspace::Workspace;
+use crate::workspace::{CallPlace, Workspace};
 
 /// What the audit calls a tool call.
 pub(super) const TOOL_CALL: &str = "tool.call";
+
+/// Tools that are carried out also while the process is short of memory: they look, or let a running process go on.
+const FRUGAL: [&str; 5] = ["list_environments", "list_processes", "read_output", "write_stdin", "terminate"];
 
 /// A caller that is known, and its place among the calls of its workspace.
 pub(super) struct Admitted {
@@ -30,7 +34,9 @@ pub(super) struct Admitted {
     pub(super) act: Act,
     timing: Timing,
     pub(super) right: Right,
-    pub(super) place: Option<OwnedSemaphorePermit>,
+    pub(super) place: Option<CallPlace>,
+    /// Memory that the request holds.
+    pub(super) held: Arc<Held>,
 }
 
 /// The right under which a call runs.
@@ -69,7 +75,7 @@ impl Admitted {
     /// [`ApiError`] of the gateway that drains, of the credential, or 429 `too_many_calls`.
     pub(super) async fn admit(api: &Api, headers: &HeaderMap, timing: Timing) -> Result<Self, ApiError> {
         let mut known = Self::known(api, TOOL_CALL, headers, timing).await?;
-        known.take_place()?;
+        known.take_place(api)?;
         Ok(known)
     }
 
@@ -89,14 +95,16 @@ impl Admitted {
         let principal = timing.auth(api.corridor.auth.principal(&bearer)).await?;
         let workspace = api.workspaces.get(&principal);
         let act = audited::act(action, &principal, headers);
-        Ok(Self { principal, workspace, act, timing, right: Right { bearer, revocations }, place: None })
+        let held = api.memory.hold();
+        Ok(Self { principal, workspace, act, timing, right: Right { bearer, revocations }, place: None, held })
     }
 
     /// Takes a place among the calls of the workspace.
     ///
     /// # Errors
-    /// 429 `too_many_calls`.
-    pub(super) fn take_place(&mut self) -> Result<(), ApiError> {
+    /// 429 `rate_limited` or `too_many_calls`.
+    pub(super) fn take_place(&mut self, api: &Api) -> Result<(), ApiError> {
+        api.pace(&self.workspace)?;
         self.place = Some(self.workspace.begin_call()?);
         Ok(())
     }
@@ -124,7 +132,7 @@ impl Admitted {
     pub(super) fn call(&self, api: &Api) -> Call {
         Call {
             workspace: self.workspace.clone(),
-            settings: api.tools.clone(),
+            settings: api.tools.now(),
             started: Instant::now(),
             sessions: api.sessions.clone(),
             key: None,
@@ -132,6 +140,7 @@ impl Admitted {
             progress: None,
             text_bytes_max: None,
             timing: self.timing.clone(),
+            held: self.held.clone(),
         }
     }
 
@@ -142,9 +151,12 @@ impl Admitted {
     /// [`ApiError`] where there is no result of the tool.
     pub(super) async fn run(self, api: Arc<Api>, order: Order) -> Result<ToolResult, ApiError> {
         let Order { tool, environment, key, arguments, text_bytes_max, progress } = order;
+        if !FRUGAL.contains(&tool.name()) {
+            api.memory.admit()?;
+        }
         let call = Call { key, text_bytes_max, progress, ..self.call(&api) };
         let started = call.started;
-        let Self { principal: _, workspace: _, act, timing: _, right, place } = self;
+        let Self { principal: _, workspace: _, act, timing: _, right, place, held: _ } = self;
         // One that cannot be found is told as the result, and recorded by the name that the caller gave.
         let binding = tool.environment(&call, environment.as_deref()).await;
         let act = match &binding {

@@ -16,7 +16,7 @@ use super::error::ApiError;
 use super::{Api, json, rest};
 use crate::admin::{self, AdminError};
 use crate::auth::bearer;
-use crate::config::Secret;
+use crate::config::{self, Secret};
 use crate::edge::body::{self, Body, full};
 use crate::protocol::compat::{BindExecutor, ConnectedExecutor, RegisterExecutor, RegisteredExecutor, RevokeTurn};
 use crate::protocol::ids::{ExecutorId, UserId, WorkspaceId};
@@ -38,7 +38,7 @@ pub async fn connected(api: &Arc<Api>, request: Request<Incoming>) -> Result<Res
 
 /// `POST /api/exec-gateway/revoke-turn`
 pub async fn revoke_turn(api: &Arc<Api>, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
-    admit(api.config.auth.shared_secret.as_ref(), bearer(request.headers()).ok())?;
+    admit_service(api, bearer(request.headers()).ok())?;
     let RevokeTurn { turn_id: turn, exp } = read(api, request).await?;
     let revoke = match exp {
         Some(exp) => admin::Request::RevokeTurnUntil { turn, exp: exp.try_into().unwrap_or(0) },
@@ -131,12 +131,21 @@ async fn executors(api: &Api, workspace: &WorkspaceId) -> Result<Vec<ConnectedEx
 
 fn admit_internal(api: &Api, headers: &HeaderMap) -> Result<(), ApiError> {
     let shown = headers.get("x-internal-secret").and_then(|value| value.to_str().ok());
-    admit(api.config.auth.internal_secret.as_ref(), shown)
+    admit(api, |auth| auth.internal_secret.as_ref(), shown)
 }
 
-pub(super) fn admit(secret: Option<&Secret>, shown: Option<&str>) -> Result<(), ApiError> {
-    let secret = secret.ok_or_else(|| ApiError::new(404, "not_found", "no such path"))?;
-    if shown.is_some_and(|shown| secret.is(shown)) { Ok(()) } else { Err(unauthorized("unauthorized")) }
+pub(super) fn admit_service(api: &Api, shown: Option<&str>) -> Result<(), ApiError> {
+    admit(api, |auth| auth.shared_secret.as_ref(), shown)
+}
+
+/// Takes the secret, or the one before the last reload: whoever shows it has to be given the new one in between. A door
+/// whose secret is gone is closed at once.
+fn admit(api: &Api, secret: fn(&config::Auth) -> Option<&Secret>, shown: Option<&str>) -> Result<(), ApiError> {
+    let (config, before) = (api.config.now(), api.config.before());
+    let current = secret(&config.auth).ok_or_else(|| ApiError::new(404, "not_found", "no such path"))?;
+    let former = before.as_ref().and_then(|config| secret(&config.auth));
+    let is_known = |shown| current.is(shown) || former.is_some_and(|former| former.is(shown));
+    if shown.is_some_and(is_known) { Ok(()) } else { Err(unauthorized("unauthorized")) }
 }
 
 fn user(headers: &HeaderMap) -> Result<Option<UserId>, ApiError> {
@@ -150,7 +159,7 @@ fn workspace_id(text: &str) -> Result<WorkspaceId, ApiError> {
 }
 
 pub(super) async fn read<T: DeserializeOwned>(api: &Api, request: Request<Incoming>) -> Result<T, ApiError> {
-    let wait = Duration::from_secs(api.config.edge.body_timeout_secs);
+    let wait = Duration::from_secs(api.config.now().edge.body_timeout_secs);
     let body = body::read(request.into_body(), BODY_BYTES_MAX, wait).await?;
     rest::parse(&body)
 }

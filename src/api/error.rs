@@ -10,6 +10,7 @@ use crate::audit::AuditError;
 use crate::auth::AuthError;
 use crate::edge::body::BodyError;
 use crate::edge::upgrade::UpgradeError;
+use crate::ops::memory::Overloaded;
 use crate::protocol::rest::Ran;
 use crate::relay::client::{CallError, ConnectError};
 use crate::relay::conversation::HandshakeError;
@@ -17,6 +18,7 @@ use crate::session::{SessionError, StdinError};
 use crate::store::StoreError;
 use crate::tools::{FileError, ToolError};
 use crate::transfer::TransferError;
+use crate::workspace::pace::TooFast;
 use crate::workspace::{ReachError, TooManyCalls};
 
 /// An answer that says what went wrong. `message` is for the caller, `cause` for the log: a caller never learns an
@@ -188,6 +190,18 @@ impl From<AuditError> for ApiError {
     }
 }
 
+impl From<TooFast> for ApiError {
+    fn from(error: TooFast) -> Self {
+        Self::new(429, "rate_limited", error.to_string()).retry_after(error.wait.as_secs() + 1)
+    }
+}
+
+impl From<Overloaded> for ApiError {
+    fn from(error: Overloaded) -> Self {
+        Self::new(503, "overloaded", error.to_string()).retry_after(1)
+    }
+}
+
 impl From<TooManyCalls> for ApiError {
     fn from(error: TooManyCalls) -> Self {
         Self::new(429, "too_many_calls", error.to_string()).retry_after(1)
@@ -310,6 +324,7 @@ impl From<ToolError> for ApiError {
         match error {
             ToolError::Arguments(_) => Self::new(400, "bad_arguments", message),
             ToolError::Reach(reach) => Self::from(&*reach),
+            ToolError::Overloaded(overloaded) => Self::from(overloaded).with_ran(Ran::No),
             ToolError::Lost { ran } => Self::new(502, "executor_unreachable", message).with_ran(ran),
             ToolError::NoAnswer { ran } => Self::new(504, "executor_timeout", message).with_ran(ran),
             ToolError::End { error, .. } => Self::from(*error).in_words(&message),

@@ -85,7 +85,7 @@ struct Hold {
 impl Hold {
     fn new(api: &Api) -> Self {
         Self {
-            until: Instant::now() + Duration::from_secs(api.config.link.register_hold_secs),
+            until: Instant::now() + Duration::from_secs(api.config.now().link.register_hold_secs),
             last: Held::Store(StoreError::Unavailable("no answer in time".into())),
         }
     }
@@ -169,7 +169,7 @@ async fn register_held(
     let executor = ExecutorId::new(id).map_err(|error| ApiError::new(400, "bad_request", error.to_string()))?;
     let (head, body) = request.into_parts();
     check_certificate(api, &head.extensions)?;
-    let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.edge.header_timeout_secs)).await?;
+    let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.now().edge.header_timeout_secs)).await?;
     let wanted = match door {
         // What agentx sends is not needed, and older versions send nothing.
         Door::Agentx => Wanted { transport: Transport::Agentx, public_key: Vec::new() },
@@ -200,7 +200,7 @@ async fn store_registration(
     // The same key is the same process, which registers again after a refused dial.
     let known = if encrypted { store.registration_by_key(executor, &wanted.public_key).await? } else { None };
     let known = known.map(|registration| registration.id);
-    let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
+    let takeover_wait = Duration::from_secs(api.config.now().link.takeover_ping_secs);
     if !api.corridor.registry.yields_to(executor, known.as_ref(), takeover_wait).await {
         // Only an encrypted executor can be told to wait.
         return Err(match wanted.transport {
@@ -223,7 +223,7 @@ async fn store_registration(
         Act::new("executor.register").by_the("executor").on(executor).asked_as(asked_as(shown.headers)).about(what);
     // Never refused: it would end the executor for good.
     let entry = api.audit.begin(act.always()).await.map_err(|error| Attempt::Final(error.into()))?;
-    let saved = store.save_registration(registration.clone(), api.config.link.registrations_max).await;
+    let saved = store.save_registration(registration.clone(), api.config.now().link.registrations_max).await;
     entry.end(Outcome::new(if saved.is_ok() { "ok" } else { "store_unavailable" }));
     saved?;
     Ok(registration)
@@ -319,7 +319,7 @@ fn answer(api: &Api, door: Door, registration: &Registration, request: &Parts) -
 
 /// Where certificates are asked of executors, this one has to have shown one in its TLS handshake.
 fn check_certificate(api: &Api, connection: &Extensions) -> Result<(), ApiError> {
-    if api.config.tls.executor_authorities.is_none() || connection.get::<ClientCertified>().is_some() {
+    if api.config.now().tls.executor_authorities.is_none() || connection.get::<ClientCertified>().is_some() {
         return Ok(());
     }
     Err(ApiError::new(403, "certificate_required", "executors have to show a client certificate here"))
@@ -336,7 +336,8 @@ pub(super) fn websocket_base(api: &Api, request: &Parts) -> String {
 pub async fn validate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let mut hold = Hold::new(api);
     let (head, body) = request.into_parts();
-    let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.edge.header_timeout_secs)).await?;
+    let wait = Duration::from_secs(api.config.now().edge.header_timeout_secs);
+    let body = body::read(body, BODY_BYTES_MAX, wait).await?;
     let request: ValidateRequest = rest::parse(&body)?;
     let shown = ExecutorCredential::shown(&head.headers).map_err(|_| unauthorized())?;
     let (Ok(executor), Ok(registration)) =
@@ -461,12 +462,12 @@ async fn serve_link(
         while hold.attempt(may_dial(api, &executor, shown)).await?.is_none() {}
     }
     let registry = &api.corridor.registry;
-    if registry.len() >= api.config.link.links_max && registry.current(&executor).is_none() {
+    if registry.len() >= api.config.now().link.links_max && registry.current(&executor).is_none() {
         return Err(
             ApiError::new(503, "too_many_links", "the gateway serves as many executors as it may").retry_after(10)
         );
     }
-    let takeover_wait = Duration::from_secs(api.config.link.takeover_ping_secs);
+    let takeover_wait = Duration::from_secs(api.config.now().link.takeover_ping_secs);
     while !registry.yields_to(&executor, Some(&registration.id), takeover_wait).await {
         if !transport.is_shared() {
             // 5xx: it dials the same URL again (codex-exec-server.md §2.5).
@@ -474,7 +475,7 @@ async fn serve_link(
         }
         hold.attempt(async { Err::<(), _>(Attempt::Again(Held::Conflict)) }).await?;
     }
-    let link = &api.corridor.link;
+    let link = api.corridor.link.now();
     let message_bytes_max = if transport.is_shared() { link.json_frame_bytes_max } else { link.frame_bytes_max };
     let limits = SocketLimits { read_buffer_bytes: link.read_buffer_bytes, message_bytes_max };
     let what = serde_json::json!({ "registration": registration.id, "transport": transport.name() });
@@ -483,7 +484,7 @@ async fn serve_link(
     let (response, socket) = upgrade::accept(request, None, limits);
     // Boxed, so that it is gone once it is done: what a task captures lasts as long as the task, here as the link.
     let socket = Box::pin(socket);
-    let (handle, outbox) = LinkHandle::new(registration, link.clone(), api.metrics.clone());
+    let (handle, outbox) = LinkHandle::new(registration, link, api.metrics.clone());
     let api = api.clone();
     api.clone().links.spawn(async move {
         let Some(mut socket) = socket.await else { return };
@@ -549,7 +550,7 @@ where
         },
     };
     let before = former.session().cloned();
-    let shared = match greeting::greet(socket, link, former).await {
+    let shared = match greeting::greet(socket, &link.now(), former).await {
         Ok(shared) => shared,
         Err((error, former)) => {
             tracing::warn!(%executor, %error, "executor not taken into use");

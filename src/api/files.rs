@@ -26,13 +26,16 @@ use super::transfer::next;
 use super::{Api, audited, json, query_parameter, read_only, timing};
 use crate::audit::{Act, Entry, Outcome};
 use crate::auth::Principal;
-use crate::edge::body::{Body, BodyError, full};
+use crate::edge::body::{self, Body, BodyError, full};
 use crate::edge::pipe::pipe;
 use crate::store::Binding;
 use crate::tools::{Call, Download, Upload, Uploaded};
 
 /// Blocks between an executor and its caller, besides those that are being read.
 const BLOCKS: usize = 1;
+
+/// What the blocks of one file take together.
+const BLOCKS_BYTES: u64 = 5 * 1024 * 1024;
 
 /// A caller at a file.
 struct Visit {
@@ -57,7 +60,9 @@ impl Visit {
         }
         let path = query_parameter(request.uri().query().unwrap_or_default(), "path")
             .ok_or_else(|| ApiError::new(400, "bad_arguments", "path: is missing from the query, or no UTF-8"))?;
-        admitted.take_place()?;
+        admitted.take_place(api)?;
+        api.memory.admit()?;
+        admitted.held.grow(BLOCKS_BYTES)?;
         let call = admitted.call(api);
         let binding = admitted.workspace.environment(environment).await?;
         Ok(Self { admitted, call, binding, path })
@@ -164,7 +169,15 @@ async fn send(visit: Visit, request: &Request<Incoming>, entry: Entry) -> Result
 /// `PUT …/envs/{name}/files?path=&create_parents=&mode=`
 pub async fn put(api: &Arc<Api>, environment: &str, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let may = |principal: &Principal| !principal.scopes().read_only;
-    let visit = Visit::begin(api, "file.put", may, environment, &request).await?;
+    let visit = match Visit::begin(api, "file.put", may, environment, &request).await {
+        Err(refused) if refused.status() == 503 => {
+            let edge = api.config.edge.now();
+            let wait = Duration::from_secs(edge.body_timeout_secs);
+            body::discard(request.into_body(), edge.body_bytes_max, wait).await;
+            return Err(refused);
+        }
+        visit => visit?,
+    };
     let act = visit.act();
     let written = receive(api, visit, request);
     let written = audited::recorded(api, act, written, |written| Outcome::new("ok").bytes(written.bytes, 0)).await?;
@@ -194,12 +207,12 @@ async fn receive(api: &Api, visit: Visit, request: Request<Incoming>) -> Result<
     };
     let upload =
         Upload { path, parents, mode: query_parameter(query, "mode"), if_match: if_match(request.headers())?, if_none };
-    let bytes_max = api.config.tools.upload_bytes_max;
+    let bytes_max = api.config.now().tools.upload_bytes_max;
     let too_large = || ApiError::new(413, "body_too_large", format!("the body is larger than {bytes_max} bytes"));
     if request.body().size_hint().lower() > bytes_max {
         return Err(too_large());
     }
-    let stall = Duration::from_secs(api.config.transfer.stall_secs);
+    let stall = Duration::from_secs(api.config.now().transfer.stall_secs);
     let mut body = request.into_body();
     let (pieces, content) = mpsc::channel(BLOCKS);
     let sent = async move {

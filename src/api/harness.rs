@@ -70,6 +70,8 @@ async fn admit(api: &Arc<Api>, token: Zeroizing<String>, id: &str) -> Result<Adm
     let revocations = api.corridor.auth.revocations();
     let principal = api.corridor.auth.principal(&token).await.map_err(refused)?;
     let (workspace, binding) = reach(api, &principal, id).await?;
+    api.pace(&workspace)?;
+    api.memory.admit()?;
     let caller = principal.clone();
     let refused = Box::pin(async move {
         revocations.end_of_right(&token, &caller).await;
@@ -104,7 +106,7 @@ async fn reach(api: &Api, principal: &Principal, id: &str) -> Result<(Arc<Worksp
 
 /// The executor's link; one that was connected lately is waited for, as long as harnesses wait.
 async fn link(api: &Api, binding: &Binding) -> Result<LinkHandle, ApiError> {
-    let settings = &api.config.link;
+    let settings = api.corridor.link.now();
     let seen = Duration::from_secs(settings.executor_seen_secs);
     let wait = Duration::from_secs(settings.harness_wait_secs);
     let link = api.corridor.registry.link_soon(binding, seen, wait).await;
@@ -127,7 +129,7 @@ async fn way(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Result<Res
     let principal = super::rest::caller(api, &request).await?;
     let (workspace, binding) = reach(api, &principal, id).await?;
     let (head, body) = request.into_parts();
-    let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.edge.header_timeout_secs)).await?;
+    let body = body::read(body, BODY_BYTES_MAX, Duration::from_secs(api.config.now().edge.header_timeout_secs)).await?;
     let bad = |message: String| ApiError::new(400, "bad_request", message);
     let request: ConnectRequest = super::rest::parse(&body)?;
     let key = request.harness_public_key.decode().map_err(|error| bad(format!("harness_public_key: {error}")))?;
@@ -194,7 +196,7 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
         .on(admitted.binding.executor())
         .about(serde_json::json!({ "encrypted": handshake.is_some() }));
     let entry = api.audit.begin(opened).await?;
-    let settings = &api.config.link;
+    let settings = api.corridor.link.now();
     let limits = SocketLimits {
         read_buffer_bytes: settings.read_buffer_bytes,
         // Encrypted frames are handed on to an executor, whose socket ends over a larger one.
@@ -205,7 +207,7 @@ pub async fn open(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resul
     let api = api.clone();
     api.clone().sockets.spawn(async move {
         let Some(socket) = socket.await else { return };
-        let outbox = Spill::new(&api.corridor.state_dir, &api.corridor.link, api.metrics.clone());
+        let outbox = Spill::new(&api.corridor.state_dir, &api.corridor.link.now(), api.metrics.clone());
         let mut socket = HarnessSocket::new(socket, outbox);
         let kind = if key.is_some() { "encrypted" } else { "plain" };
         let _open = Held::one(api.metrics.harnesses.of([kind]));
@@ -275,7 +277,7 @@ async fn serve(
     binding: &Binding,
     key: Option<KeyDigest>,
 ) -> Served {
-    let settings = &api.corridor.link;
+    let settings = &*api.corridor.link.now();
     let wait = Duration::from_secs(settings.first_frame_secs);
     let flavour = match socket.flavour(wait, settings.message_bytes_max).await {
         Ok(flavour) => flavour,

@@ -36,7 +36,7 @@ use self::server::Server;
 use super::calls::{Admitted, TOOL_CALL};
 use super::error::ApiError;
 use super::{Api, http_base, json as json_answer, json_line, late, timing};
-use crate::edge::body::{self, Body, BodyError};
+use crate::edge::body::Body;
 use crate::timing::Timing;
 
 /// JSON-RPC code of what the gateway refuses before it knows the request; the reason is in `data.code`.
@@ -145,8 +145,8 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     let admitted = Admitted::known(api, TOOL_CALL, &head.headers, timing.clone()).await;
     let mut admitted = admitted.map_err(|refused| challenge(api, &head, refused))?;
     // Without a place a client can still cancel, which makes room.
-    let full = admitted.take_place().err();
-    let bytes_max = if full.is_none() { api.config.edge.body_bytes_max } else { NOTIFICATION_BYTES_MAX };
+    let full = admitted.take_place(api).err();
+    let bytes_max = if full.is_none() { api.config.now().edge.body_bytes_max } else { NOTIFICATION_BYTES_MAX };
     let is_json = |value: &HeaderValue| {
         let media_type = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default();
         media_type.trim().eq_ignore_ascii_case("application/json")
@@ -154,9 +154,8 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     if !head.headers.get(CONTENT_TYPE).is_some_and(is_json) {
         return Err(ApiError::new(415, "bad_request", "Content-Type: expected application/json"));
     }
-    let body = match (body::read(body, bytes_max, Duration::from_secs(api.config.edge.body_timeout_secs)).await, &full)
-    {
-        (Err(BodyError::TooLarge(_)), Some(_)) => Bytes::new(),
+    let body = match (api.body(body, bytes_max, &admitted.held).await, &full) {
+        (Err(refused), Some(_)) if refused.status() == 413 => Bytes::new(),
         (body, _) => body?,
     };
     if let Some(full) = full
@@ -187,7 +186,7 @@ pub async fn message(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respo
     );
     let message = Request::from_parts(head, Full::new(body));
     let handled = async move { told(service.handle(message).await, id).await };
-    let tools = &api.config.tools;
+    let tools = api.tools.now();
     let mut handled: Pin<Box<dyn Future<Output = Rpc> + Send>> = Box::pin(handled);
     match timeout(Duration::from_secs(tools.keepalive_after_secs), &mut handled).await {
         Ok(answer) if is_events(&answer) => Ok(events(pieces(answer), timing)),
@@ -209,8 +208,8 @@ fn protocol_config(api: &Api) -> StreamableHttpServerConfig {
         .with_json_response(true)
         // The gateway goes by many names behind proxies; who calls is known by the bearer, and pages by their origin.
         .disable_allowed_hosts()
-        .with_max_request_body_bytes(api.config.edge.body_bytes_max)
-        .with_sse_keep_alive(Some(Duration::from_secs(api.config.tools.keepalive_secs)))
+        .with_max_request_body_bytes(api.config.now().edge.body_bytes_max)
+        .with_sse_keep_alive(Some(Duration::from_secs(api.config.now().tools.keepalive_secs)))
         .with_sse_retry(None)
 }
 
@@ -223,9 +222,9 @@ fn check_origin(api: &Api, request: &Parts) -> Result<(), ApiError> {
         Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
         _ => host,
     };
-    let own = || api.config.public_url.is_some() && origin_of(&http_base(api, request)) == origin;
+    let own = || api.config.now().public_url.is_some() && origin_of(&http_base(api, request)) == origin;
     let allowed = matches!(host, "localhost" | "127.0.0.1" | "[::1]")
-        || api.config.mcp.allowed_origins.iter().any(|allowed| allowed.trim_end_matches('/') == origin)
+        || api.config.now().mcp.allowed_origins.iter().any(|allowed| allowed.trim_end_matches('/') == origin)
         || own();
     if allowed { Ok(()) } else { Err(ApiError::new(403, "origin_refused", "pages of this origin may not call")) }
 }
@@ -263,7 +262,8 @@ pub fn protected_resource(api: &Api, request: Request<Incoming>) -> Result<Respo
         "resource_name": "exec-gateway",
         "bearer_methods_supported": ["header"],
     });
-    let issuers = &api.config.mcp.authorization_servers;
+    let config = api.config.now();
+    let issuers = &config.mcp.authorization_servers;
     if !issuers.is_empty() {
         document["authorization_servers"] = json!(issuers);
     }

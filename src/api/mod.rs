@@ -16,11 +16,12 @@ pub mod transfer;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock, Weak};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{FutureExt, Stream, StreamExt, stream};
 use http_body_util::{BodyExt, StreamBody};
-use hyper::body::{Frame, Incoming};
+use hyper::body::{Body as _, Frame, Incoming};
 use hyper::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, TRAILER};
 use hyper::http::request::Parts;
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
@@ -32,10 +33,11 @@ use tracing::field::Empty;
 use self::error::ApiError;
 use crate::admin::Admin;
 use crate::audit::Audit;
-use crate::config::Config;
-use crate::edge::body::{Body, BrokenOff, full};
+use crate::config::{self, Live, Running};
+use crate::edge::body::{self, Body, BrokenOff, full};
 use crate::edge::peer;
 use crate::edge::router::{Envelope, Route, RouteError, Router, percent_decode};
+use crate::ops::memory::{Held, Memory};
 use crate::ops::metrics::Metrics;
 use crate::protocol::rest::ErrorBody;
 use crate::relay::harness::AttachedSessions;
@@ -43,8 +45,11 @@ use crate::session::Sessions;
 use crate::timing::Timing;
 use crate::trace;
 use crate::transfer::Transfers;
-use crate::workspace::Corridor;
 use crate::workspace::cache::Workspaces;
+use crate::workspace::{Corridor, Workspace};
+
+/// Size up to which a body is read also while the process is short of memory.
+const SMALL_BODY_BYTES: u64 = 64 * 1024;
 
 /// Where transfers are, each below its ticket.
 const TRANSFERS: &str = "/relay/";
@@ -55,7 +60,7 @@ const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// What the doors need.
 pub struct Api {
     /// The effective configuration.
-    pub config: Config,
+    pub config: Arc<Running>,
     /// Store, rights, connected executors.
     pub corridor: Arc<Corridor>,
     /// Tenants in memory.
@@ -65,9 +70,11 @@ pub struct Api {
     /// Byte pipes between two clients.
     pub transfers: Transfers,
     /// Bounds and times of tool calls.
-    pub tools: Arc<crate::config::Tools>,
+    pub tools: Live<config::Tools>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// What the process has taken of its memory; large work begins only while there is some.
+    pub memory: Arc<Memory>,
     /// What callers do is recorded there before they do it.
     pub audit: Audit,
     /// Executor sessions of plain harnesses.
@@ -90,7 +97,7 @@ pub struct Api {
 impl Api {
     /// Puts the doors in front of the domain.
     pub fn new(
-        config: Config,
+        config: Arc<Running>,
         corridor: Arc<Corridor>,
         workspaces: Arc<Workspaces>,
         sessions: Arc<Sessions>,
@@ -100,8 +107,9 @@ impl Api {
         Self {
             workspaces,
             sessions,
-            tools: Arc::new(config.tools.clone()),
+            tools: config.tools.clone(),
             transfers: Transfers::new(config.transfer.clone()),
+            memory: Memory::new(config.memory.clone(), metrics.clone()),
             config,
             corridor,
             metrics,
@@ -218,6 +226,27 @@ impl Api {
             Route::Health => Ok(fixed(&request, "text/plain; charset=utf-8", Bytes::from_static(b"ok\n"))),
             Route::OpenApi => Ok(fixed(&request, "application/json", openapi::text())),
         }
+    }
+
+    /// Counts a request of this workspace.
+    fn pace(&self, workspace: &Workspace) -> Result<(), ApiError> {
+        workspace.count_request().inspect_err(|_| self.metrics.rate_limited.inc()).map_err(ApiError::from)
+    }
+
+    /// Reads a request's body, which is held against what all bodies together may take. While the process is short of
+    /// memory only small ones are read: an order to a running process is one.
+    async fn body(&self, body: Incoming, bytes_max: usize, held: &Held) -> Result<Bytes, ApiError> {
+        let announced = body.size_hint().exact().unwrap_or(bytes_max as u64);
+        let wait = Duration::from_secs(self.config.edge.now().body_timeout_secs);
+        let room = if announced > SMALL_BODY_BYTES { self.memory.admit() } else { Ok(()) };
+        // What is too large is refused for that.
+        if let Err(overloaded) = room.and_then(|()| held.grow(announced.min(bytes_max as u64))) {
+            body::discard(body, bytes_max, wait).await;
+            return Err(overloaded.into());
+        }
+        let body = body::read(body, bytes_max, wait).await?;
+        held.set(body.len() as u64);
+        Ok(body)
     }
 
     fn refuse_while_draining(&self) -> Result<(), ApiError> {
@@ -337,7 +366,7 @@ fn late(pieces: impl Stream<Item = Bytes> + Send + 'static, timing: Timing) -> R
 
 /// Base URL under which callers reach this gateway: the configured one, else the Host of the request.
 fn http_base(api: &Api, request: &Parts) -> String {
-    match &api.config.public_url {
+    match &api.config.now().public_url {
         Some(url) => {
             let url = url.trim_end_matches('/');
             match url.split_once("://") {

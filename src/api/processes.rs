@@ -98,7 +98,7 @@ struct OutputQuery {
 
 impl OutputQuery {
     fn parse(api: &Api, query: &str) -> Result<Self, ApiError> {
-        let settings = &api.config.session;
+        let settings = api.sessions.settings();
         let number = |name: &str| -> Result<Option<u64>, ApiError> {
             match query_parameter(query, name) {
                 None => Ok(None),
@@ -247,7 +247,7 @@ pub async fn stdin(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Resu
     let act = act.about(json!({ "offset": body.offset, "eof": body.eof }));
     let act = if api.audit.keeps_contents() { act.containing(json!({ "data_b64": body.data_b64 })) } else { act };
     let order = body.order(&session)?;
-    let (bytes, wait) = (order.bytes.len() as u64, Duration::from_secs(api.config.session.wait_max_secs));
+    let (bytes, wait) = (order.bytes.len() as u64, Duration::from_secs(api.config.now().session.wait_max_secs));
     let written = async { Ok(timing.executor(session.write(&api.corridor.store, order, wait)).await?) };
     let written =
         recorded(api, act, written, |written| Outcome::new("ok").bytes(bytes, 0).with("accepted", written.accepted));
@@ -289,7 +289,8 @@ pub async fn terminate(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> 
 }
 
 async fn read_json<T: serde::de::DeserializeOwned>(api: &Api, request: Request<Incoming>) -> Result<T, ApiError> {
-    let edge = &api.config.edge;
+    let config = api.config.now();
+    let edge = &config.edge;
     let body =
         body::read(request.into_body(), edge.body_bytes_max, Duration::from_secs(edge.body_timeout_secs)).await?;
     object(if body.is_empty() { b"{}" } else { &body })

@@ -15,16 +15,19 @@ use tokio::time::{Instant, interval_at, timeout};
 
 use super::calls::{Admitted, Order, failure};
 use super::error::ApiError;
-use super::{Api, json, json_bytes, json_line, late, timing};
+use super::{Api, json_bytes, json_line, late, timing};
 use crate::auth::{Principal, bearer};
-use crate::edge::body::{self, Body};
+use crate::edge::body::Body;
+use crate::ops::memory::Held;
 use crate::protocol::rest::{Env, EnvList, ToolCall, ToolResult};
 use crate::time::rfc3339;
 use crate::timing::Timing;
 
 pub(super) async fn caller(api: &Api, request: &Request<Incoming>) -> Result<Principal, ApiError> {
     let principal = api.corridor.auth.principal(bearer(request.headers())?);
-    Ok(timing(request).auth(principal).await?)
+    let principal = timing(request).auth(principal).await?;
+    api.pace(&api.workspaces.get(&principal))?;
+    Ok(principal)
 }
 
 /// `POST …/envs/list`: the connected environments of the caller's workspace. The body is ignored, as the original
@@ -59,9 +62,8 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
     let key = idempotency_key(request.headers())?;
     let timing = timing(&request);
     let admitted = Admitted::admit(api, request.headers(), timing.clone()).await?;
-    let edge = &api.config.edge;
-    let wait = Duration::from_secs(edge.body_timeout_secs);
-    let body = body::read(request.into_body(), edge.body_bytes_max, wait).await?;
+    let held = admitted.held.clone();
+    let body = api.body(request.into_body(), api.config.edge.now().body_bytes_max, &held).await?;
     let call: ToolCall = parse(&body)?;
     drop(body);
     let tool = admitted.tool(&call.tool)?;
@@ -70,10 +72,26 @@ pub async fn call_tool(api: &Arc<Api>, name: &str, request: Request<Incoming>) -
     let (environment, arguments) = (Some(name.to_owned()), call.arguments);
     let order = Order { tool, environment, key, arguments, text_bytes_max: None, progress: None };
     let mut run: Pin<Box<RunningCall>> = Box::pin(admitted.run(api.clone(), order));
-    let tools = &api.config.tools;
+    let tools = api.tools.now();
     match timeout(Duration::from_secs(tools.keepalive_after_secs), &mut run).await {
-        Ok(result) => Ok(json(&result?)),
+        Ok(result) => {
+            let text = json_line(&result?);
+            held.set(text.len() as u64);
+            Ok(json_bytes(Bytes::from_owner(Answer { text, _held: held })))
+        }
         Err(_) => Ok(keep_alive(run, timing, Duration::from_secs(tools.keepalive_secs))),
+    }
+}
+
+/// An answer that counts as memory that is held until its client has taken it.
+struct Answer {
+    text: Vec<u8>,
+    _held: Arc<Held>,
+}
+
+impl AsRef<[u8]> for Answer {
+    fn as_ref(&self) -> &[u8] {
+        &self.text
     }
 }
 

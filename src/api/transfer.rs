@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use super::audited::{act, failed, recorded};
-use super::compat::{admit, created, read, unauthorized};
+use super::compat::{admit_service, created, read, unauthorized};
 use super::error::ApiError;
 use super::{Api, TRANSFERS, asked_as, draining, http_base, json, read_only};
 use crate::audit::{Act, Outcome};
@@ -36,7 +36,7 @@ const HELD_BYTES_MAX: usize = 256 * 1024;
 /// `POST /api/exec-gateway/relay/create`: for a service, or for a caller whose credential names the same workspace.
 pub async fn create(api: &Arc<Api>, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
     let shown = bearer(request.headers()).map(|shown| Zeroizing::new(shown.to_owned()));
-    let service = admit(api.config.auth.shared_secret.as_ref(), shown.as_ref().ok().map(|shown| shown.as_str()));
+    let service = admit_service(api, shown.as_ref().ok().map(|shown| shown.as_str()));
     let head = request.headers();
     let (caller, act) = match (&service, &shown) {
         (Err(refused), Ok(shown)) if refused.status() == 401 => {
@@ -50,6 +50,7 @@ pub async fn create(api: &Arc<Api>, request: Request<Incoming>) -> Result<Respon
         _ => (service.map(|()| None)?, Act::new("transfer.create").by_the("service").asked_as(asked_as(head))),
     };
     api.refuse_while_draining()?;
+    api.memory.admit()?;
     let (head, body) = request.into_parts();
     let base = http_base(api, &head);
     let CreateTransfer { workspace_id: workspace, source_exe_id, dest_exe_id, ttl_seconds, max_bytes } =
@@ -142,7 +143,7 @@ pub async fn put(api: &Arc<Api>, ticket: &str, request: Request<Incoming>) -> Re
         body: request.into_body(),
         held: Vec::new(),
         whole: false,
-        stall: Duration::from_secs(api.config.transfer.stall_secs),
+        stall: Duration::from_secs(api.config.now().transfer.stall_secs),
     };
     let met = tokio::select! {
         upload = source.meet(&transfer) => upload,

@@ -38,7 +38,7 @@ pub use reader::{AuditReader, Line};
 pub use record::{Act, Outcome, Position};
 pub use verify::{Broken, Verified, VerifyError, verify};
 
-use crate::config::{self, WhenFull};
+use crate::config::{self, Live, WhenFull};
 use files::Files;
 use record::Open;
 use writer::Writer;
@@ -66,7 +66,7 @@ pub struct Audit(Arc<Shared>);
 
 /// What callers and the writer share.
 struct Shared {
-    settings: config::Audit,
+    settings: Live<config::Audit>,
     queue: Mutex<Queue>,
     /// There is something in the queue, or it closes.
     wake: Condvar,
@@ -148,14 +148,15 @@ impl Audit {
     ///
     /// # Errors
     /// What the file system says.
-    pub fn open(dir: &Path, settings: config::Audit) -> io::Result<Self> {
-        if !settings.enabled {
+    pub fn open(dir: &Path, settings: impl Into<Live<config::Audit>>) -> io::Result<Self> {
+        let settings = settings.into();
+        if !settings.now().enabled {
             return Ok(Self::disabled());
         }
         Self::with(dir, settings, |_| {})
     }
 
-    fn with(dir: &Path, settings: config::Audit, prepare: impl FnOnce(&mut Files)) -> io::Result<Self> {
+    fn with(dir: &Path, settings: Live<config::Audit>, prepare: impl FnOnce(&mut Files)) -> io::Result<Self> {
         let mut found = Files::open(dir)?;
         prepare(&mut found.files);
         let shared = Arc::new(Shared::new(settings));
@@ -167,12 +168,13 @@ impl Audit {
 
     /// One that records nothing.
     pub fn disabled() -> Self {
-        Self(Arc::new(Shared::new(config::Audit { enabled: false, ..config::Audit::default() })))
+        Self(Arc::new(Shared::new(config::Audit { enabled: false, ..config::Audit::default() }.into())))
     }
 
     /// Whether contents are recorded; who has some to tell need not copy them otherwise.
     pub fn keeps_contents(&self) -> bool {
-        self.0.settings.enabled && self.0.settings.contents
+        let settings = self.0.settings.now();
+        settings.enabled && settings.contents
     }
 
     /// Records that something begins, and returns once that is written; it outlives the process then, and a second
@@ -183,7 +185,8 @@ impl Audit {
     /// is done always ([`Act::always`]).
     pub async fn begin(&self, act: Act) -> Result<Entry, AuditError> {
         let shared = &self.0;
-        if !shared.settings.enabled {
+        let settings = shared.settings.now();
+        if !settings.enabled {
             return Ok(Entry(None));
         }
         let (began, goes_on) = (Instant::now(), shared.goes_on(&act));
@@ -191,8 +194,8 @@ impl Audit {
         let open = act.open();
         let written = async {
             let place = shared.room.clone().acquire_owned().await.ok()?;
-            let contents_max = shared.settings.contents.then_some(shared.settings.content_bytes_max);
-            let act = Box::new(act.bounded(shared.settings.detail_bytes_max, contents_max));
+            let contents_max = settings.contents.then_some(settings.content_bytes_max);
+            let act = Box::new(act.bounded(settings.detail_bytes_max, contents_max));
             let (written, answer) = oneshot::channel();
             let item = Item::Begin { act, at: SystemTime::now(), began, written, _place: place };
             if !shared.push(item) {
@@ -215,7 +218,7 @@ impl Audit {
 
     /// Whether calls are refused at the moment, since the disk takes no records.
     pub fn refuses(&self) -> bool {
-        self.0.settings.when_full == WhenFull::Refuse && self.counts().failing
+        self.0.settings.now().when_full == WhenFull::Refuse && self.counts().failing
     }
 
     /// The counts now.
@@ -245,9 +248,9 @@ impl Audit {
 }
 
 impl Shared {
-    fn new(settings: config::Audit) -> Self {
+    fn new(settings: Live<config::Audit>) -> Self {
         Self {
-            room: Arc::new(Semaphore::new(settings.queue_max)),
+            room: Arc::new(Semaphore::new(settings.now().queue_max)),
             settings,
             queue: Mutex::default(),
             wake: Condvar::new(),
@@ -273,7 +276,7 @@ impl Shared {
     }
 
     fn goes_on(&self, act: &Act) -> bool {
-        act.is_always() || self.settings.when_full == WhenFull::GoOn
+        act.is_always() || self.settings.now().when_full == WhenFull::GoOn
     }
 
     /// Counts a record that is given up, to be told with the next one that is written.

@@ -292,7 +292,7 @@ async fn files_of_one_moment_have_names_of_their_own() {
 fn failing(dir: &Path, settings: config::Audit) -> (Audit, Arc<AtomicBool>) {
     let full = Arc::new(AtomicBool::new(false));
     let is_full = full.clone();
-    let audit = Audit::with(dir, settings, |files| {
+    let audit = Audit::with(dir, settings.into(), |files| {
         let mut write = std::mem::replace(&mut files.write, Box::new(|_, _| Ok(())));
         files.write = Box::new(move |file, bytes| {
             if is_full.load(Ordering::SeqCst) {

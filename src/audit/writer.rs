@@ -175,7 +175,7 @@ impl Writer {
     /// Writes the next batch with one write, and tells those who wait for it.
     fn write_batch(&mut self) -> io::Result<()> {
         let now = SystemTime::now();
-        if self.files.is_full(self.shared.settings.file_bytes_max, now - DAY) {
+        if self.files.is_full(self.shared.settings.now().file_bytes_max, now - DAY) {
             self.begin_file(now)?;
             self.make_room();
         }
@@ -205,7 +205,7 @@ impl Writer {
             seq += 1;
             match item {
                 Item::Begin { act, began, written, .. } => {
-                    if self.open.len() >= self.shared.settings.open_max {
+                    if self.open.len() >= self.shared.settings.now().open_max {
                         self.open.pop_first();
                     }
                     let open = act.open();
@@ -257,7 +257,7 @@ impl Writer {
         {
             return tracing::warn!(%error, "no new file of the audit log");
         }
-        let settings = &self.shared.settings;
+        let settings = self.shared.settings.now();
         // Room for the file that is being filled.
         let bytes_max = settings.bytes_max.saturating_sub(settings.file_bytes_max);
         let since = now - Duration::from_secs(settings.retention_days * DAY.as_secs());
@@ -292,7 +292,7 @@ impl Writer {
                     };
                     let _ = written.send(answer);
                 }
-                end if held.len() < self.shared.settings.queue_max => held.push_back(end),
+                end if held.len() < self.shared.settings.now().queue_max => held.push_back(end),
                 Item::End { .. } => {
                     self.missing += 1;
                     self.shared.counts.missing.fetch_add(1, Relaxed);

@@ -3,6 +3,7 @@
 //! A plain value of its owner: it keeps no time of its own, never sees a credential, and never waits.
 
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use lru::LruCache;
@@ -17,16 +18,28 @@ type Shard<V> = LruCache<Digest, V, BuildHasherDefault<DigestHasher>>;
 
 pub(super) struct DigestCache<V> {
     shards: [Mutex<Shard<V>>; SHARDS],
-    shard_entries_max: usize,
+    shard_entries_max: AtomicUsize,
 }
 
 impl<V> DigestCache<V> {
     /// Holds `entries_max` entries, rounded up to the number of shards.
     pub(super) fn new(entries_max: usize) -> Self {
+        let shard_entries_max = AtomicUsize::new(in_shard(entries_max));
         Self {
             // A bounded `LruCache` allocates its whole table at once, megabytes that most gateways never fill.
             shards: std::array::from_fn(|_| Mutex::new(LruCache::unbounded_with_hasher(Default::default()))),
-            shard_entries_max: entries_max.div_ceil(SHARDS).max(1),
+            shard_entries_max,
+        }
+    }
+
+    /// Holds as many from now on; what is too much goes.
+    pub(super) fn resize(&self, entries_max: usize) {
+        self.shard_entries_max.store(in_shard(entries_max), Relaxed);
+        for shard in &self.shards {
+            let mut shard = lock(shard);
+            while shard.len() > in_shard(entries_max) {
+                shard.pop_lru();
+            }
         }
     }
 
@@ -42,7 +55,7 @@ impl<V> DigestCache<V> {
             return Put::NotAllowed;
         }
         shard.put(digest, value);
-        if shard.len() > self.shard_entries_max {
+        if shard.len() > self.shard_entries_max.load(Relaxed) {
             shard.pop_lru();
             return Put::Evicting;
         }
@@ -69,6 +82,10 @@ impl<V> DigestCache<V> {
         // A digest is uniform, so any of its bytes spreads the entries evenly.
         lock(&self.shards[usize::from(digest[0]) % SHARDS])
     }
+}
+
+fn in_shard(entries_max: usize) -> usize {
+    entries_max.div_ceil(SHARDS).max(1)
 }
 
 /// Takes eight bytes of a digest as its hash: a digest is uniform already. Who searches for tokens with alike digests

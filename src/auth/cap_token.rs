@@ -15,7 +15,7 @@ use tokio::sync::broadcast;
 use super::cache::lock;
 use super::keys::{Keys, verifying};
 use super::{AuthError, Claims, Clock, CredentialId, Principal, Scopes, unix_secs};
-use crate::config::{self, Secret};
+use crate::config::{self, Live, Secret};
 use crate::store::{Revocation, RevocationScope, Store, StoreError};
 
 /// No minter gives more than a year; a token far beyond is a mistake that no revocation list would outlive.
@@ -42,8 +42,7 @@ struct Inner {
     store: Store,
     keys: Keys,
     clock: Clock,
-    ttl_secs: u64,
-    revocations_max: usize,
+    settings: Live<config::Auth>,
     revoked: Mutex<Revoked>,
     minted: Mutex<LruCache<WorkspaceId, Minted>>,
     announce: broadcast::Sender<Revocation>,
@@ -105,15 +104,19 @@ struct Minted {
 }
 
 impl CapTokens {
-    pub(super) async fn new(store: Store, keys: Keys, config: &config::Auth, clock: Clock) -> Result<Self, StoreError> {
+    pub(super) async fn new(
+        store: Store,
+        keys: Keys,
+        settings: Live<config::Auth>,
+        clock: Clock,
+    ) -> Result<Self, StoreError> {
         let mut revoked = Revoked::default();
         store.revocations().await?.iter().for_each(|revocation| revoked.add(revocation));
         Ok(Self(Arc::new(Inner {
             store,
             keys,
             clock,
-            ttl_secs: config.cap_token_ttl_secs.clamp(1, LIFE_MAX_SECS),
-            revocations_max: config.revocations_max,
+            settings,
             revoked: Mutex::new(revoked),
             minted: Mutex::new(LruCache::unbounded()),
             announce: broadcast::Sender::new(ANNOUNCED_MAX),
@@ -153,7 +156,8 @@ impl CapTokens {
     /// [`CapTokenRefused::Revoked`] when the workspace is revoked from a time that is still to come.
     pub fn for_workspace(&self, workspace: &WorkspaceId) -> Result<Secret, CapTokenRefused> {
         let now = self.0.clock.unix_secs();
-        let life_left_min = (self.0.ttl_secs / 10).max(LIFE_LEFT_MIN_SECS);
+        let ttl_secs = self.0.settings.now().cap_token_ttl_secs.clamp(1, LIFE_MAX_SECS);
+        let life_left_min = (ttl_secs / 10).max(LIFE_LEFT_MIN_SECS);
         let ring = self.0.keys.now();
         let mut minted = lock(&self.0.minted);
         // Always the second of the two locks.
@@ -173,7 +177,7 @@ impl CapTokens {
         };
         drop(revoked);
         let turn = TurnId::new(&format!("sdk_{}", random_12())).expect("16 plain characters");
-        let expires_at = now.saturating_add(self.0.ttl_secs);
+        let expires_at = now.saturating_add(ttl_secs);
         let claims = CapClaims {
             turn_id: turn.clone(),
             workspace_id: workspace.clone(),
@@ -200,7 +204,7 @@ impl CapTokens {
     pub async fn revoke(&self, revocation: Revocation) -> Result<(), StoreError> {
         let tokens = self.clone();
         let task = tokio::spawn(async move {
-            tokens.0.store.add_revocation(revocation.clone(), tokens.0.revocations_max).await?;
+            tokens.0.store.add_revocation(revocation.clone(), tokens.0.settings.now().revocations_max).await?;
             tokens.apply(&revocation);
             Ok(())
         });
@@ -211,7 +215,7 @@ impl CapTokens {
     pub fn apply(&self, revocation: &Revocation) {
         let now = self.0.clock.now();
         let mut revoked = lock(&self.0.revoked);
-        if revoked.len() >= self.0.revocations_max {
+        if revoked.len() >= self.0.settings.now().revocations_max {
             revoked.forget(now);
         }
         revoked.add(revocation);
@@ -333,7 +337,7 @@ mod tests {
     }
 
     async fn open(store: &Store, clock: &FakeClock) -> CapTokens {
-        CapTokens::new(store.clone(), ring(1, Some(2)), &config::Auth::default(), clock.clock()).await.unwrap()
+        CapTokens::new(store.clone(), ring(1, Some(2)), config::Auth::default().into(), clock.clock()).await.unwrap()
     }
 
     fn claims() -> CapClaims {
@@ -480,7 +484,7 @@ mod tests {
     async fn a_revocation_that_cannot_be_stored_does_not_count() {
         let rig = rig().await;
         let config = config::Auth { revocations_max: 1, ..config::Auth::default() };
-        let tokens = CapTokens::new(rig.store.clone(), ring(1, None), &config, rig.clock.clock()).await.unwrap();
+        let tokens = CapTokens::new(rig.store.clone(), ring(1, None), config.into(), rig.clock.clock()).await.unwrap();
         let turn = |turn: &str| Revocation {
             scope: RevocationScope::Turn(turn.parse().unwrap()),
             revoked_at: SystemTime::now(),

@@ -120,8 +120,8 @@ impl FakeValidator {
         }
     }
 
-    pub(super) fn client(&self, counters: &Arc<TokenCounters>) -> Arc<Upstream> {
-        Arc::new(Upstream::new(&self.url, &self.config(), counters.clone(), Arc::default()).unwrap())
+    pub(super) fn client(&self, counters: &Arc<TokenCounters>) -> Upstream {
+        Upstream::new(&self.url, &self.config(), counters.clone(), Arc::default()).unwrap()
     }
 }
 

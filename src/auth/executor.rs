@@ -4,7 +4,6 @@
 //! from its answers which executors exist.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use exec_gateway_protocol::ids::ExecutorId;
@@ -17,6 +16,7 @@ use super::keys::{Keys, verifying};
 use super::sigv4::{Signature, SignedRequest};
 use super::upstream::{ExecutorClaim, Upstream, UpstreamError};
 use super::{Clock, authorization};
+use crate::config::Live;
 use crate::store::{Executor, Store, StoreError};
 
 /// Longest credential of an executor, in bytes: assertions and access tokens of accounts are JWTs of a few KiB.
@@ -29,7 +29,7 @@ const ACCOUNT_BYTES_MAX: usize = 256;
 pub struct ExecutorAuth {
     store: Store,
     keys: Keys,
-    upstream: Option<Arc<Upstream>>,
+    upstream: Live<Option<Upstream>>,
     clock: Clock,
 }
 
@@ -95,7 +95,7 @@ impl From<UpstreamError> for ExecutorAuthError {
 }
 
 impl ExecutorAuth {
-    pub(super) fn new(store: Store, keys: Keys, upstream: Option<Arc<Upstream>>, clock: Clock) -> Self {
+    pub(super) fn new(store: Store, keys: Keys, upstream: Live<Option<Upstream>>, clock: Clock) -> Self {
         Self { store, keys, upstream, clock }
     }
 
@@ -109,7 +109,7 @@ impl ExecutorAuth {
         headers: &HeaderMap,
     ) -> Result<ExecutorCredential, ExecutorAuthError> {
         let shown = Shown::read(headers)?;
-        match (&self.upstream, shown.derived_token()) {
+        match (Option::as_ref(&self.upstream.now()), shown.derived_token()) {
             (_, Some(token)) => self.verify_derived(executor, token).await?,
             (Some(upstream), None) => self.verify_upstream(upstream, executor, &shown).await?,
             (None, None) => return Err(ExecutorAuthError::Unauthorized),
@@ -127,7 +127,7 @@ impl ExecutorAuth {
         executor: &ExecutorId,
         request: SignedRequest<'_>,
     ) -> Result<ExecutorCredential, ExecutorAuthError> {
-        if self.upstream.is_some() {
+        if self.upstream.now().is_some() {
             return Err(ExecutorAuthError::NoSignatures);
         }
         let signature = Signature::read(request, self.clock.now()).map_err(|_| ExecutorAuthError::Unauthorized)?;
@@ -237,6 +237,8 @@ impl<'a> Shown<'a> {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use std::sync::Arc;
+
     use exec_gateway_protocol::ids::UserId;
     use serde_json::json;
 
@@ -258,8 +260,8 @@ mod tests {
         let validator = FakeValidator::start().await;
         let client = validator.client(&Arc::default());
         Rig {
-            embedded: ExecutorAuth::new(store.clone(), ring(1, Some(2)), None, Clock::system()),
-            upstream: ExecutorAuth::new(store.clone(), ring(1, Some(2)), Some(client), Clock::system()),
+            embedded: ExecutorAuth::new(store.clone(), ring(1, Some(2)), None.into(), Clock::system()),
+            upstream: ExecutorAuth::new(store.clone(), ring(1, Some(2)), Some(client).into(), Clock::system()),
             store,
             validator,
             _dir: dir,

@@ -8,13 +8,13 @@ use subtle::ConstantTimeEq;
 
 use super::Clock;
 use super::keys::{Keys, verifying};
-use crate::config;
+use crate::config::{self, Live};
 
 /// Mints and verifies authorizations of handshakes.
 pub struct HarnessAuth {
     keys: Keys,
     clock: Clock,
-    ttl_secs: u64,
+    settings: Live<config::Auth>,
 }
 
 /// Why an authorization is refused.
@@ -29,8 +29,8 @@ pub enum HarnessAuthError {
 }
 
 impl HarnessAuth {
-    pub(super) fn new(keys: Keys, config: &config::Auth, clock: Clock) -> Self {
-        Self { keys, clock, ttl_secs: config.harness_ttl_secs }
+    pub(super) fn new(keys: Keys, settings: Live<config::Auth>, clock: Clock) -> Self {
+        Self { keys, clock, settings }
     }
 
     /// Lets the harness key of this digest reach one registration of an executor, for `auth.harness_ttl_secs` from now.
@@ -46,7 +46,7 @@ impl HarnessAuth {
             executor: executor.clone(),
             registration: registration.clone(),
             key: KeyDigest(*key_digest),
-            exp: self.clock.unix_secs().saturating_add(self.ttl_secs),
+            exp: self.clock.unix_secs().saturating_add(self.settings.now().harness_ttl_secs),
         };
         harness_token::mint(&claims, &self.keys.now().current.secret)
     }
@@ -101,7 +101,7 @@ mod tests {
 
     fn rig() -> (HarnessAuth, FakeClock) {
         let clock = FakeClock::at(1_000);
-        (HarnessAuth::new(ring(1, Some(2)), &config::Auth::default(), clock.clock()), clock)
+        (HarnessAuth::new(ring(1, Some(2)), config::Auth::default().into(), clock.clock()), clock)
     }
 
     fn ids() -> (WorkspaceId, ExecutorId, RegistrationId) {
@@ -139,7 +139,7 @@ mod tests {
         let (auth, clock) = rig();
         let (workspace, executor, registration) = ids();
         for (key, accepted) in [(2, true), (3, false)] {
-            let signer = HarnessAuth::new(ring(key, None), &config::Auth::default(), clock.clock());
+            let signer = HarnessAuth::new(ring(key, None), config::Auth::default().into(), clock.clock());
             let token = signer.mint(&workspace, &executor, &registration, &[7; 32]);
             assert_eq!(auth.admit(&token, &executor).is_ok(), accepted);
         }

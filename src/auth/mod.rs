@@ -33,7 +33,7 @@ use tokio::time::sleep;
 
 pub use upstream::UpstreamError;
 
-use crate::config;
+use crate::config::{self, Live};
 use crate::ops::metrics::Metrics;
 use crate::store::{KeyPurpose, Keyring, Revocation, Store, StoreError};
 
@@ -177,6 +177,7 @@ pub enum AuthStartError {
 pub struct Auth(Arc<Parts>);
 
 struct Parts {
+    upstream: Live<Option<Upstream>>,
     proxy_tokens: ProxyTokenAuth,
     cap_tokens: CapTokens,
     executors: ExecutorAuth,
@@ -184,6 +185,7 @@ struct Parts {
     harness: HarnessAuth,
     resume: ResumeNames,
     counters: Arc<TokenCounters>,
+    metrics: Arc<Metrics>,
     keys: HashMap<KeyPurpose, Keys>,
 }
 
@@ -197,13 +199,14 @@ impl Auth {
     ///
     /// # Errors
     /// [`AuthStartError`] when the store does not answer or the configuration cannot work.
-    pub async fn new(store: Store, config: &config::Auth, metrics: Arc<Metrics>) -> Result<Self, AuthStartError> {
+    pub async fn new(
+        store: Store,
+        settings: impl Into<Live<config::Auth>>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, AuthStartError> {
         let counters = Arc::new(TokenCounters::default());
-        let upstream = config.upstream_url.as_deref().filter(|url| !url.is_empty());
-        let upstream = upstream
-            .map(|url| Upstream::new(url, config, counters.clone(), metrics.clone()))
-            .transpose()?
-            .map(Arc::new);
+        let settings = settings.into();
+        let upstream = Live::from(upstream(&settings.now(), &counters, &metrics)?);
         let clock = Clock::system();
         let mut keys = HashMap::new();
         for purpose in KeyPurpose::ALL {
@@ -211,15 +214,32 @@ impl Auth {
         }
         let of = |purpose| keys[&purpose].clone();
         Ok(Self(Arc::new(Parts {
-            cap_tokens: CapTokens::new(store.clone(), of(KeyPurpose::CapToken), config, clock.clone()).await?,
-            tickets: Tickets::new(of(KeyPurpose::Ticket), config, clock.clone()),
-            harness: HarnessAuth::new(of(KeyPurpose::Harness), config, clock.clone()),
+            cap_tokens: CapTokens::new(store.clone(), of(KeyPurpose::CapToken), settings.clone(), clock.clone())
+                .await?,
+            tickets: Tickets::new(of(KeyPurpose::Ticket), settings.clone(), clock.clone()),
+            harness: HarnessAuth::new(of(KeyPurpose::Harness), settings.clone(), clock.clone()),
             resume: ResumeNames::new(of(KeyPurpose::Resume)),
             executors: ExecutorAuth::new(store.clone(), of(KeyPurpose::Executor), upstream.clone(), clock.clone()),
-            proxy_tokens: ProxyTokenAuth::new(store, upstream, config, clock, counters.clone()),
+            proxy_tokens: ProxyTokenAuth::new(store, upstream.clone(), settings, clock, counters.clone()),
+            upstream,
             counters,
+            metrics,
             keys,
         })))
+    }
+
+    /// The validator upstream as it is to be from now on; its authorities are read again.
+    ///
+    /// # Errors
+    /// [`UpstreamError`] when it could not be asked.
+    pub fn upstream(&self, config: &config::Auth) -> Result<NewUpstream, UpstreamError> {
+        upstream(config, &self.0.counters, &self.0.metrics).map(NewUpstream)
+    }
+
+    /// Follows a reload that the settings of this have followed. Questions under way come to their end as they began.
+    pub fn reconfigure(&self, upstream: NewUpstream) {
+        self.0.upstream.set(upstream.0);
+        self.0.proxy_tokens.resize();
     }
 
     /// Checks a caller's credential; its form decides how. Dropping the future harms no other caller of the same
@@ -290,6 +310,26 @@ impl Auth {
     pub fn counters(&self) -> &TokenCounters {
         &self.0.counters
     }
+}
+
+/// A validator upstream that nobody asks yet.
+pub struct NewUpstream(Option<Upstream>);
+
+/// Whether the validator upstream could be asked with these settings; its file of authorities is read.
+///
+/// # Errors
+/// [`UpstreamError`] says why not.
+pub fn check_upstream(config: &config::Auth) -> Result<(), UpstreamError> {
+    upstream(config, &Arc::default(), &Arc::default()).map(drop)
+}
+
+fn upstream(
+    config: &config::Auth,
+    counters: &Arc<TokenCounters>,
+    metrics: &Arc<Metrics>,
+) -> Result<Option<Upstream>, UpstreamError> {
+    let url = config.upstream_url.as_deref().filter(|url| !url.is_empty());
+    url.map(|url| Upstream::new(url, config, counters.clone(), metrics.clone())).transpose()
 }
 
 /// What operators have taken away since this was made.
@@ -462,7 +502,7 @@ mod tests {
     #[tokio::test]
     async fn the_form_of_a_credential_decides_how_it_is_checked() {
         let dir = crate::store::scratch::ScratchDir::new();
-        let auth = Auth::new(Store::open(dir.path()).unwrap(), &config::Auth::default(), Arc::default()).await.unwrap();
+        let auth = Auth::new(Store::open(dir.path()).unwrap(), config::Auth::default(), Arc::default()).await.unwrap();
         let minted = auth.cap_tokens().for_workspace(&"w".parse().unwrap()).unwrap();
         assert_eq!(auth.principal(minted.expose()).await.unwrap().workspace().as_str(), "w");
         let executor = "exe_1".parse().unwrap();
@@ -480,7 +520,7 @@ mod tests {
     async fn a_validator_that_cannot_be_asked_is_reported_at_start() {
         let dir = crate::store::scratch::ScratchDir::new();
         let config = config::Auth { upstream_url: Some("validator:80".into()), ..config::Auth::default() };
-        let started = Auth::new(Store::open(dir.path()).unwrap(), &config, Arc::default()).await;
+        let started = Auth::new(Store::open(dir.path()).unwrap(), config, Arc::default()).await;
         assert!(matches!(started.err(), Some(AuthStartError::Upstream(UpstreamError::Url))));
     }
 }

@@ -25,7 +25,7 @@ use zeroize::Zeroizing;
 use super::cache::{Digest, DigestCache, Put, lock};
 use super::upstream::Upstream;
 use super::{AuthError, Claims, Clock, CredentialId, Principal, Scopes, TokenCounters};
-use crate::config;
+use crate::config::{self, Live};
 use crate::store::Store;
 use crate::trace;
 
@@ -54,7 +54,7 @@ pub struct ProxyTokenAuth(Arc<Inner>);
 
 struct Inner {
     store: Store,
-    upstream: Option<Arc<Upstream>>,
+    upstream: Live<Option<Upstream>>,
     clock: Clock,
     counters: Arc<TokenCounters>,
     positives: DigestCache<Positive>,
@@ -62,9 +62,7 @@ struct Inner {
     // Apart, so that a validator that hangs does not keep the gateway's own tokens out.
     own: Lane,
     foreign: Lane,
-    positive_ttl: Duration,
-    negative_ttl: Duration,
-    stale: Duration,
+    settings: Live<config::Auth>,
     /// Counts what was forgotten because operators took it away.
     forgotten: watch::Sender<u64>,
 }
@@ -107,14 +105,12 @@ enum Memory {
 impl ProxyTokenAuth {
     pub(super) fn new(
         store: Store,
-        upstream: Option<Arc<Upstream>>,
-        config: &config::Auth,
+        upstream: Live<Option<Upstream>>,
+        settings: Live<config::Auth>,
         clock: Clock,
         counters: Arc<TokenCounters>,
     ) -> Self {
-        // Longer would only overflow the clocks.
-        let secs = |secs: u64| Duration::from_secs(secs).min(KEPT_MAX);
-        let positive_ttl = secs(config.positive_ttl_secs);
+        let config = settings.now();
         Self(Arc::new(Inner {
             store,
             upstream,
@@ -124,9 +120,7 @@ impl ProxyTokenAuth {
             negatives: DigestCache::new(config.negative_entries_max),
             own: Lane::default(),
             foreign: Lane::default(),
-            positive_ttl,
-            negative_ttl: secs(config.negative_ttl_secs),
-            stale: secs(config.stale_secs).max(positive_ttl),
+            settings,
             forgotten: watch::Sender::new(0),
         }))
     }
@@ -149,7 +143,7 @@ impl ProxyTokenAuth {
             }
             Memory::Stale { principal, may_ask: false, .. } => Ok(self.0.serve_stale(principal)),
             memory => match is_own(token) {
-                false if self.0.upstream.is_none() => Err(AuthError::Invalid),
+                false if self.0.upstream.now().is_none() => Err(AuthError::Invalid),
                 own => self.0.ask_or_serve_stale(digest, token, own, memory).await,
             },
         }
@@ -164,6 +158,13 @@ impl ProxyTokenAuth {
         self.0.forgotten.send_modify(|count| *count += 1);
     }
 
+    /// Remembers as many as the configuration says now.
+    pub(super) fn resize(&self) {
+        let settings = self.0.settings.now();
+        self.0.positives.resize(settings.positive_entries_max);
+        self.0.negatives.resize(settings.negative_entries_max);
+    }
+
     /// Forgets all tokens, good and refused; checks under way are made again.
     pub fn forget_all(&self) {
         self.0.own.generation.fetch_add(1, SeqCst);
@@ -176,7 +177,7 @@ impl ProxyTokenAuth {
     /// Whether a validator is configured that does not answer, and has not for so long that no token can be served
     /// stale. The gateway's own tokens are not touched by that.
     pub fn is_upstream_down(&self) -> bool {
-        self.0.upstream.as_ref().is_some_and(|upstream| upstream.is_down(self.0.stale))
+        Option::as_ref(&self.0.upstream.now()).is_some_and(|upstream| upstream.is_down(self.0.stale()))
     }
 
     /// Tokens remembered now: good ones, refused ones.
@@ -191,6 +192,12 @@ impl ProxyTokenAuth {
 }
 
 impl Inner {
+    /// How long a good token is believed while the validator fails.
+    fn stale(&self) -> Duration {
+        let settings = self.settings.now();
+        secs(settings.stale_secs).max(secs(settings.positive_ttl_secs))
+    }
+
     fn lane(&self, own: bool) -> &Lane {
         if own { &self.own } else { &self.foreign }
     }
@@ -314,7 +321,8 @@ impl Inner {
     }
 
     async fn check_upstream(&self, digest: &Digest, token: &str) -> Result<Principal, AuthError> {
-        let upstream = self.upstream.as_ref().ok_or(AuthError::Invalid)?;
+        let upstream = self.upstream.now();
+        let upstream = Option::as_ref(&upstream).ok_or(AuthError::Invalid)?;
         let owner = upstream.validate_token(token).await.map_err(AuthError::unavailable)?;
         let owner = owner.ok_or(AuthError::Invalid)?;
         Ok(Principal(Arc::new(Claims {
@@ -332,14 +340,15 @@ impl Inner {
         let now = Instant::now();
         match verdict {
             Ok(principal) => {
+                let stale = self.stale();
                 let entry = Positive {
                     principal: principal.clone(),
-                    fresh_until: now + self.positive_ttl,
-                    stale_until: now + self.stale,
+                    fresh_until: now + secs(self.settings.now().positive_ttl_secs),
+                    stale_until: now + stale,
                     ask_after: None,
                     ends_soon: principal
                         .expires_at()
-                        .is_some_and(|end| end <= self.clock.now() + self.stale + CLOCK_STEP_MAX),
+                        .is_some_and(|end| end <= self.clock.now() + stale + CLOCK_STEP_MAX),
                 };
                 let put = self.positives.put_if(*digest, entry, current);
                 self.counters.positive_evictions.fetch_add(u64::from(put == Put::Evicting), Relaxed);
@@ -351,7 +360,8 @@ impl Inner {
                 true
             }
             Err(refusal) => {
-                let entry = Negative { refusal: refusal.clone(), until: now + self.negative_ttl };
+                let entry =
+                    Negative { refusal: refusal.clone(), until: now + secs(self.settings.now().negative_ttl_secs) };
                 let put = self.negatives.put_if(*digest, entry, current);
                 self.counters.negative_evictions.fetch_add(u64::from(put == Put::Evicting), Relaxed);
                 // After the refusal is there, so that no caller finds neither.
@@ -362,6 +372,11 @@ impl Inner {
             }
         }
     }
+}
+
+/// Longer would only overflow the clocks.
+fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs).min(KEPT_MAX)
 }
 
 /// Takes the flight out of the map when it ends, also by a panic.

@@ -24,8 +24,8 @@ async fn rig() -> Rig {
     let store = Store::open(dir.path()).unwrap();
     let counters = Arc::new(TokenCounters::default());
     let clock = FakeClock::at(1_000_000);
-    let upstream = Some(validator.client(&counters));
-    let auth = ProxyTokenAuth::new(store.clone(), upstream, &validator.config(), clock.clock(), counters);
+    let upstream = Some(validator.client(&counters)).into();
+    let auth = ProxyTokenAuth::new(store.clone(), upstream, validator.config().into(), clock.clock(), counters);
     Rig { validator, auth, store, clock, _dir: dir }
 }
 
@@ -275,8 +275,8 @@ async fn an_unreachable_validator_is_unavailable() {
     let upstream = Upstream::new(&url, &config, Arc::default(), Arc::default()).unwrap();
     let auth = ProxyTokenAuth::new(
         rig.store.clone(),
-        Some(Arc::new(upstream)),
-        &config,
+        Some(upstream).into(),
+        config.into(),
         rig.clock.clock(),
         Arc::new(TokenCounters::default()),
     );
@@ -310,7 +310,7 @@ async fn own_tokens_are_checked_here_even_with_a_validator() {
 async fn without_a_validator_foreign_tokens_are_invalid() {
     let dir = ScratchDir::new();
     let store = Store::open(dir.path()).unwrap();
-    let auth = ProxyTokenAuth::new(store, None, &config::Auth::default(), Clock::system(), Arc::default());
+    let auth = ProxyTokenAuth::new(store, None.into(), config::Auth::default().into(), Clock::system(), Arc::default());
     for token in ["x", "egw_", "egw_short", &own("!")] {
         assert!(matches!(auth.principal(token).await, Err(AuthError::Invalid)), "{token:?}");
     }

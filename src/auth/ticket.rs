@@ -8,23 +8,23 @@ use exec_gateway_protocol::ticket::{self, TicketError};
 
 use super::Clock;
 use super::keys::{Keys, verifying};
-use crate::config;
+use crate::config::{self, Live};
 
 /// Mints and verifies tickets.
 pub struct Tickets {
     keys: Keys,
     clock: Clock,
-    ttl_secs: u64,
+    settings: Live<config::Auth>,
 }
 
 impl Tickets {
-    pub(super) fn new(keys: Keys, config: &config::Auth, clock: Clock) -> Self {
-        Self { keys, clock, ttl_secs: config.ticket_ttl_secs }
+    pub(super) fn new(keys: Keys, settings: Live<config::Auth>, clock: Clock) -> Self {
+        Self { keys, clock, settings }
     }
 
     /// A ticket of this executor, good for `auth.ticket_ttl_secs` from now.
     pub fn mint(&self, executor: &ExecutorId) -> String {
-        let expires_at = self.clock.unix_secs().saturating_add(self.ttl_secs);
+        let expires_at = self.clock.unix_secs().saturating_add(self.settings.now().ticket_ttl_secs);
         ticket::mint(executor, expires_at, &self.keys.now().current.secret)
     }
 
@@ -53,7 +53,7 @@ mod tests {
     use crate::auth::doubles::{FakeClock, ring};
 
     fn tickets(current: u8, previous: Option<u8>, clock: &FakeClock) -> Tickets {
-        Tickets::new(ring(current, previous), &config::Auth::default(), clock.clock())
+        Tickets::new(ring(current, previous), config::Auth::default().into(), clock.clock())
     }
 
     #[test]

@@ -22,6 +22,10 @@ pub struct Knob {
     pub(super) doc: &'static str,
     pub(super) set: fn(&mut Config, &[String]) -> Result<(), String>,
     pub(super) get: fn(&Config) -> Value,
+    /// Whether the value with which the gateway starts holds until it ends; others follow a reload.
+    pub at_start: bool,
+    pub(super) same: fn(&Config, &Config) -> bool,
+    pub(super) copy: fn(&mut Config, &Config),
 }
 
 /// What values a knob takes.
@@ -89,6 +93,16 @@ impl Knob {
             Value::Array(items) => format!("[{}]", items.iter().map(Value::to_string).collect::<Vec<_>>().join(", ")),
             value => value.to_string(),
         }
+    }
+
+    /// Whether both have the same value; of a secret too.
+    pub fn same(&self, one: &Config, other: &Config) -> bool {
+        (self.same)(one, other)
+    }
+
+    /// Gives it the value that it has in `from`.
+    pub fn copy(&self, config: &mut Config, from: &Config) {
+        (self.copy)(config, from);
     }
 
     /// Sets it from the items of a list, or from the one text of anything else.

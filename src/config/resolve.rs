@@ -98,7 +98,8 @@ pub struct Fault {
 }
 
 impl Fault {
-    pub(super) fn new(place: impl Into<String>, message: impl Into<String>) -> Self {
+    /// One without a line or a hint.
+    pub fn new(place: impl Into<String>, message: impl Into<String>) -> Self {
         Self { place: place.into(), line: None, message: message.into(), hint: None }
     }
 }

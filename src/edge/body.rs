@@ -34,6 +34,15 @@ pub enum BodyError {
     Broken,
 }
 
+/// Reads at most `bytes_max` bytes and keeps none: a client that reads no answer before it has sent all would miss a
+/// refusal otherwise, as its connection breaks.
+pub async fn discard(body: Incoming, bytes_max: usize, wait: Duration) {
+    let mut body = Limited::new(body, bytes_max);
+    let discarding = async { while let Some(Ok(_)) = body.frame().await {} };
+    // Whoever takes longer has had its chance.
+    let _ = tokio::time::timeout(wait, discarding).await;
+}
+
 /// Reads a whole body of at most `bytes_max` bytes.
 ///
 /// # Errors

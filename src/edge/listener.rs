@@ -34,7 +34,7 @@ use super::peer::{Peer, is_trusted};
 use super::stall::StallLimit;
 use super::tls::{ClientCertified, Tls};
 use super::transport::Transport;
-use crate::config;
+use crate::config::{self, Live};
 
 /// Pause after the kernel refused to accept (no file descriptors left, usually): it lasts until a connection ends.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -90,9 +90,9 @@ impl Drop for Open<'_> {
 
 /// Serves one kind of requests on any number of addresses.
 pub struct Listener<S> {
-    settings: config::Edge,
+    settings: Live<config::Edge>,
     service: S,
-    tls: Option<Arc<Tls>>,
+    tls: Live<Option<Tls>>,
     permits: Arc<Semaphore>,
     /// Of all its addresses.
     pub counts: Arc<Counts>,
@@ -107,22 +107,34 @@ where
     S: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    /// A listener that answers with `service`, through TLS if there is one.
-    pub fn new(settings: config::Edge, tls: Option<Arc<Tls>>, service: S) -> Arc<Self> {
+    /// A listener that answers with `service`, through TLS while there is one. New settings hold for connections that
+    /// are accepted from then on; how many those may be together is told to [`Places`] besides.
+    pub fn new(settings: impl Into<Live<config::Edge>>, tls: impl Into<Live<Option<Tls>>>, service: S) -> Arc<Self> {
         Self::counted(settings, tls, service, Arc::default())
     }
 
     /// The same that counts its connections there.
-    pub fn counted(settings: config::Edge, tls: Option<Arc<Tls>>, service: S, counts: Arc<Counts>) -> Arc<Self> {
+    pub fn counted(
+        settings: impl Into<Live<config::Edge>>,
+        tls: impl Into<Live<Option<Tls>>>,
+        service: S,
+        counts: Arc<Counts>,
+    ) -> Arc<Self> {
+        let settings = settings.into();
         Arc::new(Self {
-            permits: Arc::new(Semaphore::new(settings.connections_max)),
+            permits: Arc::new(Semaphore::new(settings.now().connections_max)),
             settings,
             service,
-            tls,
+            tls: tls.into(),
             counts,
             connections: TaskTracker::new(),
             drain: CancellationToken::new(),
         })
+    }
+
+    /// The places of its connections.
+    pub fn places(&self) -> Places {
+        Places(self.permits.clone())
     }
 
     /// Accepts until `stop`. The socket closes when this returns.
@@ -158,10 +170,14 @@ where
     }
 
     /// The connection with TLS around it, if this listener has it, and whether its client has shown a certificate.
-    async fn transport(&self, stream: TcpStream) -> Option<(Transport, Option<ClientCertified>)> {
-        let Some(tls) = &self.tls else { return Some((Transport::Plain(stream), None)) };
+    async fn transport(
+        stream: TcpStream,
+        tls: Option<&Tls>,
+        settings: &config::Edge,
+    ) -> Option<(Transport, Option<ClientCertified>)> {
+        let Some(tls) = tls else { return Some((Transport::Plain(stream), None)) };
         // As long as a client has for its first request.
-        let patience = Duration::from_secs(self.settings.header_timeout_secs);
+        let patience = Duration::from_secs(settings.header_timeout_secs);
         match timeout(patience, tls.acceptor().accept(stream)).await {
             Ok(Ok(stream)) => {
                 let certified = is_certified(&stream);
@@ -176,15 +192,18 @@ where
     }
 
     async fn serve(&self, stream: TcpStream, address: SocketAddr) {
-        tune(&stream, Duration::from_secs(self.settings.tcp_user_timeout_secs));
-        let trusted = is_trusted(&self.settings.trusted_proxies, address.ip());
-        let peer = Peer { address, tls: self.tls.is_some(), trusted };
-        let Some((stream, certified)) = self.transport(stream).await else {
+        let (settings, tls) = (self.settings.now(), self.tls.now());
+        tune(&stream, Duration::from_secs(settings.tcp_user_timeout_secs));
+        let trusted = is_trusted(&settings.trusted_proxies, address.ip());
+        let peer = Peer { address, tls: tls.is_some(), trusted };
+        let transport = Self::transport(stream, Option::as_ref(&tls), &settings).await;
+        drop(tls);
+        let Some((stream, certified)) = transport else {
             self.counts.tls_failures.fetch_add(1, Ordering::Relaxed);
             return;
         };
 
-        let activity = Arc::new(Activity::new(&self.settings));
+        let activity = Arc::new(Activity::new(&settings));
         let service = {
             let activity = activity.clone();
             let (service, drain) = (self.service.clone(), self.drain.clone());
@@ -209,14 +228,14 @@ where
                 }
             })
         };
-        let write_timeout = Duration::from_secs(self.settings.write_timeout_secs);
+        let write_timeout = Duration::from_secs(settings.write_timeout_secs);
         // One accepted while the gateway drains is answered once: a register refused now would end its executor.
         let draining = self.drain.is_cancelled();
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(None)
             .keep_alive(!draining)
-            .max_buf_size(self.settings.header_bytes_max)
+            .max_buf_size(settings.header_bytes_max)
             .serve_connection(TokioIo::new(StallLimit::new(stream, write_timeout)), service)
             .with_upgrades();
         let mut connection = pin!(connection);
@@ -250,6 +269,21 @@ where
                 () = ended.as_mut() => return,
             }
         }
+    }
+}
+
+/// How many connections a listener may have at once.
+pub struct Places(Arc<Semaphore>);
+
+impl Places {
+    /// Makes them more or fewer. Nobody is cut: where more are taken than there are now, the next is accepted when as
+    /// many have closed; but for one, whose place was asked for already.
+    pub fn resize(&self, from: usize, to: usize) {
+        if to >= from {
+            return self.0.add_permits(to - from);
+        }
+        let (permits, fewer) = (self.0.clone(), (from - to).try_into().unwrap_or(u32::MAX));
+        tokio::spawn(async move { permits.acquire_many(fewer).await.map(|places| places.forget()) });
     }
 }
 

@@ -1,7 +1,7 @@
-//! TLS of one listener: certificate and key from files, read again on demand; client certificates where asked for.
+//! TLS of one listener: certificate and key from files; client certificates where asked for.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring;
@@ -38,11 +38,8 @@ pub enum TlsError {
 #[derive(Debug, Clone, Copy)]
 pub struct ClientCertified;
 
-/// The TLS of one listener.
-pub struct Tls {
-    files: TlsFiles,
-    config: RwLock<Arc<ServerConfig>>,
-}
+/// The TLS of one listener, as its files were when they were read.
+pub struct Tls(Arc<ServerConfig>);
 
 impl Tls {
     /// Reads the files.
@@ -50,23 +47,11 @@ impl Tls {
     /// # Errors
     /// [`TlsError`].
     pub fn new(files: TlsFiles) -> Result<Self, TlsError> {
-        let config = RwLock::new(load(&files)?);
-        Ok(Self { files, config })
+        load(&files).map(Self)
     }
 
-    /// Reads the files again, for connections from now on. Those that are open go on.
-    ///
-    /// # Errors
-    /// [`TlsError`]; what was read before stays.
-    pub fn reload(&self) -> Result<(), TlsError> {
-        let config = load(&self.files)?;
-        *self.config.write().unwrap_or_else(PoisonError::into_inner) = config;
-        Ok(())
-    }
-
-    /// With what was read last.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
-        self.config.read().unwrap_or_else(PoisonError::into_inner).clone().into()
+        self.0.clone().into()
     }
 }
 

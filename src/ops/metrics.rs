@@ -263,6 +263,21 @@ table! {
         /// Time that the store worked at questions.
         store_work: counter seconds;
     }
+    "Limits and reloads" {
+        /// Reloads of the configuration; those that were refused changed nothing, since something was wrong.
+        reloads: counter { outcome: Words(&["done", "refused"]) };
+        /// Requests refused since their workspace asks too often.
+        rate_limited: counter;
+        /// New work refused for want of memory: since the process is past its watermark, or since the bodies that it
+        /// holds have taken all that they may.
+        shed: counter { cause: Words(&["watermark", "bodies"]) };
+        /// Whether new work is refused at the moment, since the process is past its watermark.
+        memory_high: gauge;
+        /// What the process may take, as far as is known; 0 where nothing says so.
+        memory_limit: gauge bytes;
+        /// What request bodies have taken of what they may.
+        body_memory: gauge bytes;
+    }
     "Process" {
         /// Whether the gateway stops: it takes no new work.
         draining: gauge;

@@ -55,7 +55,7 @@ pub enum NoiseError {
     Keys(String),
 }
 
-/// The gateway's identity towards executors, made anew at each start: it proves nothing by itself, each handshake
+/// The gateway's identity towards executors, made anew at each start and reload: it proves nothing by itself, each handshake
 /// carries its own authorization.
 pub struct GatewayIdentity {
     dh: KeyPair<<X25519 as Dh>::PubKey, <X25519 as Dh>::PrivateKey>,

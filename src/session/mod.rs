@@ -30,7 +30,7 @@ use uuid::Uuid;
 
 use crate::audit::Audit;
 use crate::auth::Auth;
-use crate::config;
+use crate::config::{self, Live};
 use crate::journal::{Append, Full, Journal, JournalError, JournalReader, Limits};
 use crate::ops::metrics::Metrics;
 use crate::protocol::ids::{ExecutorId, SessionId, WorkspaceId};
@@ -458,8 +458,8 @@ async fn on_disk<T: Send + 'static>(
 
 /// What the sessions of a gateway share.
 pub struct Sessions {
-    settings: config::Sessions,
-    env_exclude: Vec<String>,
+    settings: Live<config::Sessions>,
+    tools: Live<config::Tools>,
     directory: PathBuf,
     store: Store,
     auth: Auth,
@@ -485,8 +485,8 @@ impl Sessions {
     /// # Errors
     /// [`StoreError`] when the store does not answer.
     pub async fn restore(
-        settings: config::Sessions,
-        env_exclude: Vec<String>,
+        settings: Live<config::Sessions>,
+        tools: Live<config::Tools>,
         corridor: &Corridor,
         workspaces: Arc<Workspaces>,
         metrics: Arc<Metrics>,
@@ -496,7 +496,7 @@ impl Sessions {
         let rows = store.sessions().await?;
         let sessions = Arc::new(Self {
             settings,
-            env_exclude,
+            tools,
             directory: state_dir.join("sessions"),
             store: store.clone(),
             auth: auth.clone(),
@@ -563,9 +563,10 @@ impl Sessions {
     }
 
     fn limits(&self) -> Limits {
+        let settings = self.settings.now();
         Limits {
-            memory_bytes_max: self.settings.memory_bytes_max,
-            spill_bytes_max: self.settings.spill_bytes_max,
+            memory_bytes_max: settings.memory_bytes_max,
+            spill_bytes_max: settings.spill_bytes_max,
             full: Full::DropOldest,
         }
     }
@@ -640,7 +641,7 @@ impl Sessions {
         request: StartRequest,
         over: Over,
     ) -> Result<Arc<Session>, SessionError> {
-        let places_max = self.settings.workspace_max;
+        let places_max = self.settings.now().workspace_max;
         let place = self.session_places.take(binding.workspace(), places_max);
         let place = place.ok_or(SessionError::TooMany(places_max))?;
         let mut row = new_row(binding, None, &request)?;
@@ -705,7 +706,7 @@ impl Sessions {
             return session.ok_or_else(|| SessionError::Unknown(known.id.to_string()));
         }
         // After the reservation: a start that is found takes no place.
-        let places_max = self.settings.workspace_max;
+        let places_max = self.settings.now().workspace_max;
         let place = self.session_places.take(&row.workspace, places_max);
         let created = async {
             let place = place.ok_or(SessionError::TooMany(places_max))?;
@@ -771,7 +772,7 @@ impl Sessions {
     /// # Errors
     /// [`SessionError::TooManyStreams`] when all are taken; nothing waits.
     pub fn open_stream(&self, workspace: &WorkspaceId) -> Result<Place, SessionError> {
-        let places_max = self.settings.streams_max;
+        let places_max = self.settings.now().streams_max;
         self.stream_places.take(workspace, places_max).ok_or(SessionError::TooManyStreams(places_max))
     }
 
@@ -789,8 +790,8 @@ impl Sessions {
     }
 
     /// Bounds and times of sessions.
-    pub fn settings(&self) -> &config::Sessions {
-        &self.settings
+    pub fn settings(&self) -> Arc<config::Sessions> {
+        self.settings.now()
     }
 
     /// Sessions in the table.
@@ -810,7 +811,7 @@ impl Sessions {
     /// [`SessionError::Store`]; the session is still there then.
     pub async fn forget(&self, session: &Arc<Session>) -> Result<(), SessionError> {
         if !session.status().state.is_final() {
-            let wait = Duration::from_secs(self.settings.wait_max_secs);
+            let wait = Duration::from_secs(self.settings.now().wait_max_secs);
             let ending = async {
                 session.end(EndSignal::Kill, Duration::ZERO).await;
                 session.over(wait).await;
@@ -856,12 +857,9 @@ impl Sessions {
 
     /// Forgets what was not used for too long; a running process is ended first.
     pub async fn expire(&self) {
+        let settings = self.settings.now();
         let expired = self.all().into_iter().filter(|session| {
-            let bound = if session.status().state.is_final() {
-                self.settings.idle_secs
-            } else {
-                self.settings.running_idle_secs
-            };
+            let bound = if session.status().state.is_final() { settings.idle_secs } else { settings.running_idle_secs };
             session.idle() >= Duration::from_secs(bound)
         });
         // At once: one executor that does not answer keeps no other session.
@@ -887,8 +885,9 @@ impl Sessions {
             })
             .collect();
         let taken: u64 = usages.iter().map(|usage| usage.bytes).sum();
-        let total_max = self.settings.total_spill_bytes_max.min(self.disk_share(taken)).max(TOTAL_BYTES_MIN);
-        for relief in quota::relieve(&usages, self.settings.workspace_spill_bytes_max, total_max) {
+        let settings = self.settings.now();
+        let total_max = settings.total_spill_bytes_max.min(self.disk_share(taken)).max(TOTAL_BYTES_MIN);
+        for relief in quota::relieve(&usages, settings.workspace_spill_bytes_max, total_max) {
             match relief {
                 Relief::Forget(id) => {
                     let Some(session) = self.entries.get(&id).map(|entry| entry.clone()) else { continue };
@@ -914,7 +913,7 @@ impl Sessions {
         let Some(parent) = self.directory.parent() else { return u64::MAX };
         let Ok(disk) = rustix::fs::statvfs(parent) else { return u64::MAX };
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        let kept_free = disk.f_blocks.saturating_mul(disk.f_frsize) / 100 * self.settings.disk_free_percent;
+        let kept_free = disk.f_blocks.saturating_mul(disk.f_frsize) / 100 * self.settings.now().disk_free_percent;
         taken.saturating_add(free).saturating_sub(kept_free)
     }
 

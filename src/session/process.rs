@@ -162,7 +162,7 @@ impl Task {
 
     /// Opens a conversation in the session's executor session; `None` when the session is over instead.
     async fn attach(&mut self) -> Option<Client> {
-        let until = Instant::now() + Duration::from_secs(self.sessions.settings.retention_secs);
+        let until = Instant::now() + Duration::from_secs(self.sessions.settings.now().retention_secs);
         let mut pause = RETRY_PAUSE;
         loop {
             // A start takes as long as its caller waits; after a loss the executor keeps the process only for so long.
@@ -236,7 +236,7 @@ impl Task {
         let (_events, mut events) = client.subscribe_queue(&process);
         self.events.forget_waiting();
         if self.session.row().state == SessionState::Starting {
-            let start = start_request(&self.session, client.environment(), &self.sessions.env_exclude);
+            let start = start_request(&self.session, client.environment(), &self.sessions.tools.now().env_exclude);
             match self.while_waiting(&mut events, client.call(&start)).await {
                 Ok(_) => {}
                 // It was sent before the link was lost, and had arrived.

@@ -36,6 +36,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::config;
+use crate::ops::memory::{Held, Overloaded};
 use crate::protocol::path::{FileUri, PathError};
 use crate::protocol::rest::{Ran, ToolInfo, ToolResult};
 use crate::protocol::rpc::{self, EnvironmentInfo, RpcError};
@@ -101,6 +102,8 @@ pub struct Call {
     pub text_bytes_max: Option<usize>,
     /// Where the time of the request goes.
     pub timing: Timing,
+    /// Memory that the request holds.
+    pub held: Arc<Held>,
 }
 
 /// How far a long call has come, in the unit of its tool (bytes for `copy_path`).
@@ -128,6 +131,9 @@ pub enum ToolError {
     /// The executor was not reached.
     #[error(transparent)]
     Reach(#[from] Arc<ReachError>),
+    /// There is no memory for what the call would return; nothing was begun.
+    #[error(transparent)]
+    Overloaded(#[from] Overloaded),
     /// The connection to the executor was lost.
     #[error("the connection to the executor was lost during the call")]
     Lost {

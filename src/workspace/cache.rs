@@ -37,7 +37,7 @@ impl Workspaces {
             entry.used = Instant::now();
             return entry.workspace.clone();
         }
-        if self.entries.len() >= self.corridor.settings.entries_max {
+        if self.entries.len() >= self.corridor.settings.now().entries_max {
             self.evict_oldest();
         }
         // Building takes no I/O, so it happens under the entry's lock: concurrent first callers build once.
@@ -57,7 +57,7 @@ impl Workspaces {
 
     /// Drops what was not used for the configured time and has no call under way.
     pub fn evict_idle(&self) {
-        let idle = Duration::from_secs(self.corridor.settings.idle_secs);
+        let idle = Duration::from_secs(self.corridor.settings.now().idle_secs);
         self.entries.retain(|_, entry| entry.used.elapsed() < idle || !self.evict(entry));
     }
 

@@ -4,21 +4,22 @@
 //! executor is opened by [`Workspace::open_stream`].
 
 pub mod cache;
+pub mod pace;
 pub mod pool;
 pub mod resolver;
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::cap_token::CapTokenRefused;
 use crate::auth::{Auth, Principal};
-use crate::config;
+use crate::config::{self, Live};
 use crate::protocol::frame::StreamId;
 use crate::protocol::ids::WorkspaceId;
 use crate::protocol::rpc::ExecutorSessionId;
@@ -31,6 +32,7 @@ use crate::relay::stream::{StreamHandle, StreamKind};
 use crate::store::{Binding, Store, StoreError};
 use crate::tools::{Copies, Tool};
 
+use self::pace::{Pace, TooFast};
 use self::pool::Pool;
 use self::resolver::Resolver;
 
@@ -48,11 +50,11 @@ pub struct Corridor {
     /// Who is connected.
     pub registry: Arc<Registry>,
     /// The gateway's end of encrypted streams.
-    pub identity: GatewayIdentity,
+    pub identity: Live<GatewayIdentity>,
     /// Bounds and times of links.
-    pub link: Arc<config::Link>,
+    pub link: Live<config::Link>,
     /// Bounds and times of workspaces.
-    pub settings: config::Workspaces,
+    pub settings: Live<config::Workspaces>,
     /// Tasks that end what calls have left behind at executors.
     pub endings: TaskTracker,
     /// Cancelled when the gateway stops: no call and no ending waits any longer for an executor that is away.
@@ -114,7 +116,8 @@ struct Listing {
 pub struct Workspace {
     id: WorkspaceId,
     corridor: Arc<Corridor>,
-    calls: Arc<Semaphore>,
+    calls: Arc<AtomicUsize>,
+    pace: Pace,
     tools: &'static [&'static Tool],
     listing: Mutex<Option<Listing>>,
     /// Names of this tenant.
@@ -130,13 +133,23 @@ pub struct Workspace {
 #[error("the workspace has {0} calls under way already")]
 pub struct TooManyCalls(usize);
 
+/// One of a workspace's places for calls, given back when it is dropped.
+pub struct CallPlace(Arc<AtomicUsize>);
+
+impl Drop for CallPlace {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 impl Workspace {
     fn new(id: WorkspaceId, corridor: Arc<Corridor>) -> Self {
         Self {
-            calls: Arc::new(Semaphore::new(corridor.settings.calls_max)),
+            calls: Arc::default(),
+            pace: Pace::default(),
             tools: Tool::ALL,
             listing: Mutex::default(),
-            resolver: Resolver::new(id.clone(), Duration::from_secs(corridor.settings.resolver_ttl_secs)),
+            resolver: Resolver::new(id.clone(), corridor.settings.clone()),
             pool: Pool::default(),
             copies: Copies::default(),
             corridor,
@@ -163,13 +176,25 @@ impl Workspace {
     ///
     /// # Errors
     /// [`TooManyCalls`] when all are taken; nothing waits.
-    pub fn begin_call(&self) -> Result<OwnedSemaphorePermit, TooManyCalls> {
-        self.calls.clone().try_acquire_owned().map_err(|_| TooManyCalls(self.corridor.settings.calls_max))
+    pub fn begin_call(&self) -> Result<CallPlace, TooManyCalls> {
+        let calls_max = self.corridor.settings.now().calls_max;
+        // A place from the start: should the call be refused, dropping it gives it back.
+        let place = CallPlace(self.calls.clone());
+        if self.calls.fetch_add(1, Ordering::AcqRel) < calls_max { Ok(place) } else { Err(TooManyCalls(calls_max)) }
+    }
+
+    /// Counts one request of this workspace.
+    ///
+    /// # Errors
+    /// [`TooFast`] when it asks more often than it may; nothing waits.
+    pub fn count_request(&self) -> Result<(), TooFast> {
+        let settings = self.corridor.settings.now();
+        self.pace.count(settings.calls_per_second_max, settings.calls_burst_max)
     }
 
     /// Calls under way.
     pub fn calls(&self) -> usize {
-        self.corridor.settings.calls_max - self.calls.available_permits()
+        self.calls.load(Ordering::Acquire)
     }
 
     /// The environments of this workspace.
@@ -247,10 +272,10 @@ impl Workspace {
     /// [`HandshakeError`].
     pub async fn converse(&self, stream: StreamHandle) -> Result<Conversation, HandshakeError> {
         let registration = stream.link().registration();
-        let identity = &self.corridor.identity;
+        let identity = self.corridor.identity.now();
         let harness = self.corridor.auth.harness();
         let authorization = harness.mint(&self.id, &registration.executor, &registration.id, &identity.key_digest());
-        Conversation::open(stream, identity, &authorization).await
+        Conversation::open(stream, &identity, &authorization).await
     }
 
     /// The same with the gateway as the caller, in a new executor session or in the one to resume. `stop` ends it.
@@ -299,7 +324,7 @@ impl Workspace {
         if right.workspace() != &self.id || binding.workspace() != &self.id {
             return Err(ReachError::Refused(CapTokenRefused::Revoked));
         }
-        let settings = &self.corridor.link;
+        let settings = self.corridor.link.now();
         let seen = Duration::from_secs(settings.executor_seen_secs);
         let wait = Duration::from_secs(settings.executor_wait_secs);
         loop {

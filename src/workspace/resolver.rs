@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::config::{self, Live};
 use crate::protocol::ids::WorkspaceId;
 use crate::store::{Binding, Store, StoreError};
 
 /// The names of one workspace.
 pub struct Resolver {
     workspace: WorkspaceId,
-    ttl: Duration,
+    settings: Live<config::Workspaces>,
     copy: Mutex<Copy>,
     /// One reader of the store at a time; the others take what it brings.
     refresh: tokio::sync::Mutex<()>,
@@ -28,8 +29,8 @@ struct Copy {
 }
 
 impl Resolver {
-    pub(super) fn new(workspace: WorkspaceId, ttl: Duration) -> Self {
-        Self { workspace, ttl, copy: Mutex::default(), refresh: tokio::sync::Mutex::default() }
+    pub(super) fn new(workspace: WorkspaceId, settings: Live<config::Workspaces>) -> Self {
+        Self { workspace, settings, copy: Mutex::default(), refresh: tokio::sync::Mutex::default() }
     }
 
     /// The workspace's bindings, at most the time to live old.
@@ -71,7 +72,7 @@ impl Resolver {
     fn fresh(&self) -> Option<Arc<Vec<Binding>>> {
         let copy = self.copy();
         let (bindings, at) = copy.bindings.as_ref()?;
-        (at.elapsed() < self.ttl).then(|| bindings.clone())
+        (at.elapsed() < Duration::from_secs(self.settings.now().resolver_ttl_secs)).then(|| bindings.clone())
     }
 
     fn copy(&self) -> std::sync::MutexGuard<'_, Copy> {
@@ -98,7 +99,7 @@ mod tests {
             let name = EnvironmentName::new(name).unwrap();
             store.create_executor(&workspace, &name, false, None).await.unwrap();
         };
-        let resolver = Resolver::new(workspace.clone(), Duration::from_secs(10));
+        let resolver = Resolver::new(workspace.clone(), config::Workspaces::default().into());
         create("first").await;
         let first = resolver.bindings(&store).await.unwrap();
         create("second").await;

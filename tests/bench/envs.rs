@@ -28,7 +28,7 @@ const CALLERS: usize = 16;
 
 #[tokio::main]
 async fn main() {
-    let gateway = TestGateway::start().await;
+    let gateway = TestGateway::with(|config| config.workspace.calls_per_second_max = 0).await;
     let caller = gateway.caller("w").await;
     let credentials = gateway.executor("w", "box").await;
     let socket = rig::idle_executor(gateway.address(), &credentials).await;

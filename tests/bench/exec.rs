@@ -27,7 +27,7 @@ const PRINTED: usize = 30 * MIB;
 
 #[tokio::main]
 async fn main() {
-    let gateway = TestGateway::start().await;
+    let gateway = TestGateway::with(|config| config.workspace.calls_per_second_max = 0).await;
     let caller = gateway.caller("w").await;
     let credentials = gateway.executor("w", "box").await;
     let executor = CodexExecutor::connected(&gateway.url(), &credentials, &caller, "box").await;

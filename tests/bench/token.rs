@@ -18,7 +18,7 @@ const ROUNDS: usize = 4001;
 
 #[tokio::main]
 async fn main() {
-    let gateway = TestGateway::start().await;
+    let gateway = TestGateway::with(|config| config.workspace.calls_per_second_max = 0).await;
     let token = gateway.caller("w").await.token.unwrap();
     let auth = gateway.gateway.api().corridor.auth.clone();
     auth.principal(&token).await.unwrap();

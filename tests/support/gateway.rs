@@ -4,18 +4,18 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use exec_gateway::admin::{Request, Response};
-use exec_gateway::config::Config;
-use exec_gateway::gateway::Gateway;
+use exec_gateway::config::{Config, ConfigFaults};
+use exec_gateway::gateway::{Gateway, Reloaded};
 use exec_gateway::protocol::ids::{EnvironmentName, TokenId, WorkspaceId};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
-use super::{Caller, PATIENCE, Scratch};
+use super::{Caller, PATIENCE, Scratch, eventually};
 
 /// A gateway inside this process.
 pub struct TestGateway {
@@ -57,6 +57,13 @@ impl TestGateway {
         format!("http://{}", self.address())
     }
 
+    /// Has the gateway read its configuration and its files again, with this changed.
+    pub fn reload(&self, change: impl FnOnce(&mut Config)) -> Result<Reloaded, ConfigFaults> {
+        let mut config = (*self.gateway.api().config.now()).clone();
+        change(&mut config);
+        self.gateway.reloading().reload(Ok(config))
+    }
+
     /// Carries out an operator's command.
     pub async fn admin(&self, request: Request) -> Response {
         self.gateway.admin().run(request).await.unwrap()
@@ -95,6 +102,7 @@ impl TestGateway {
 /// The real daemon as its own process.
 pub struct DaemonProcess {
     child: Child,
+    log: Arc<Mutex<Vec<String>>>,
     pub address: SocketAddr,
     pub ops: SocketAddr,
 }
@@ -135,6 +143,14 @@ impl DaemonProcess {
         Self::ready(command, state).await
     }
 
+    /// The same with so much memory for its data (RLIMIT_DATA); more is refused to it, which ends it.
+    pub async fn start_in_memory(state: &Scratch, data_mib: u64, arguments: &[&str]) -> Self {
+        let mut command = Command::new("sh");
+        let limited = format!("ulimit -d {}; exec \"$0\" serve \"$@\"", data_mib * 1024);
+        command.args(["-c", &limited, env!("CARGO_BIN_EXE_exec-gateway"), "--listen", "127.0.0.1:0"]).args(arguments);
+        Self::ready(command, state).await
+    }
+
     async fn ready(mut command: Command, state: &Scratch) -> Self {
         let mut child = command
             .args(["--state-dir", state.path().to_str().unwrap(), "--ops-listen", "127.0.0.1:0"])
@@ -153,16 +169,34 @@ impl DaemonProcess {
             }
         });
         let ready = ready.await.expect("the daemon was not ready in time");
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let kept = log.clone();
         tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
                 eprintln!("daemon: {line}");
+                kept.lock().unwrap().push(line);
             }
         });
         let field = |name: &str| {
             let field = ready.split(' ').find_map(|field| field.strip_prefix(name)).unwrap();
             field.parse().unwrap()
         };
-        Self { child, address: field("listen="), ops: field("ops=") }
+        Self { child, log, address: field("listen="), ops: field("ops=") }
+    }
+
+    /// Has it read its configuration again.
+    pub async fn hang_up(&self) {
+        assert!(Command::new("kill").args(["-HUP", &self.pid().to_string()]).status().await.unwrap().success());
+    }
+
+    /// What it has logged so far that holds this text.
+    pub fn lines(&self, text: &str) -> Vec<String> {
+        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).cloned().collect()
+    }
+
+    /// Waits until it has logged so many lines with this text.
+    pub async fn says(&self, text: &str, lines: usize) {
+        eventually(text, async || (self.lines(text).len() >= lines).then_some(())).await;
     }
 
     /// The daemon's process id.

@@ -44,6 +44,8 @@ struct Shared {
     asked: Mutex<HashMap<String, usize>>,
     traces: Mutex<Vec<String>>,
     open: watch::Sender<bool>,
+    /// The newest last.
+    secrets: Mutex<Vec<String>>,
 }
 
 impl Upstream {
@@ -56,6 +58,7 @@ impl Upstream {
             asked: Mutex::default(),
             traces: Mutex::default(),
             open: watch::Sender::new(true),
+            secrets: Mutex::new(vec![SECRET.to_owned()]),
         });
         let mut upstream = Self { address, shared, server: JoinSet::new(), _place: place };
         upstream.come_back();
@@ -71,6 +74,14 @@ impl Upstream {
         config.auth.upstream_url = Some(format!("http://{}", self.address));
         config.auth.upstream_secret = Some(Secret::new(SECRET.into()));
         config.auth.upstream_timeout_secs = 1;
+    }
+
+    /// Takes this secret from now on, and the one before it.
+    pub fn expects(&self, secret: &str) {
+        let mut secrets = self.shared.secrets.lock().unwrap();
+        secrets.push(secret.to_owned());
+        let old = secrets.len().saturating_sub(2);
+        secrets.drain(..old);
     }
 
     /// A proxy token that is good for this workspace.
@@ -156,7 +167,8 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
         "/internal/codex-auth/validate" => &question["assertion"],
         other => panic!("the gateway asked {other}"),
     };
-    assert_eq!(head.headers["x-internal-secret"], SECRET);
+    let shown = head.headers["x-internal-secret"].to_str().unwrap();
+    assert!(shared.secrets.lock().unwrap().iter().any(|secret| secret == shown), "the gateway showed {shown}");
     let credential = credential.as_str().unwrap().to_owned();
     let trace = head.headers.get("traceparent").map(|trace| trace.to_str().unwrap().to_owned());
     shared.traces.lock().unwrap().extend(trace);

@@ -88,10 +88,10 @@ impl Server {
             environment,
             key: None,
             arguments: Value::Object(arguments),
-            text_bytes_max: Some(api.config.mcp.text_bytes_max),
+            text_bytes_max: Some(api.config.now().mcp.text_bytes_max),
             progress: token.is_some().then_some(progress),
         };
-        let every = Duration::from_secs(api.config.mcp.progress_secs);
+        let every = Duration::from_secs(api.config.now().mcp.progress_secs);
         let run = std::panic::AssertUnwindSafe(admitted.run(api.clone(), order)).catch_unwind();
         tokio::select! {
             biased;
@@ -101,7 +101,7 @@ impl Server {
             }
             () = context.ct.cancelled() => Err(ErrorData::internal_error("the client has left", None)),
             result = run => Ok(match result {
-                Ok(result) => cut(result.unwrap_or_else(|error| failure(&error)), api.config.mcp.text_bytes_max),
+                Ok(result) => cut(result.unwrap_or_else(|error| failure(&error)), api.config.now().mcp.text_bytes_max),
                 Err(_) => {
                     api.metrics.panics.inc();
                     failure(&ApiError::internal("the gateway failed at this request"))

@@ -82,8 +82,10 @@ pub async fn attach(api: &Arc<Api>, id: &str, request: Request<Incoming>) -> Res
     upgrade::check(request.headers())?;
     let act = in_session("process.attach", &live.principal, request.headers(), &live.session);
     let entry = api.audit.begin(act).await?;
-    let limits =
-        SocketLimits { read_buffer_bytes: api.config.link.read_buffer_bytes, message_bytes_max: MESSAGE_BYTES_MAX };
+    let limits = SocketLimits {
+        read_buffer_bytes: api.config.now().link.read_buffer_bytes,
+        message_bytes_max: MESSAGE_BYTES_MAX,
+    };
     let (response, socket) = upgrade::accept(request, credential.protocol, limits);
     let follow = Follow::new(live.session.clone(), query.wish.since, query.wish.tag);
     let attached = api.clone();
@@ -255,7 +257,7 @@ impl Attached {
 
     /// Brings bytes to the process, one order after the other.
     async fn write(&self, mut orders: mpsc::Receiver<WriteOrder>, replies: mpsc::Sender<Value>) {
-        let wait = Duration::from_secs(self.api.config.session.wait_max_secs);
+        let wait = Duration::from_secs(self.api.config.now().session.wait_max_secs);
         // Set when bytes were not accepted: those sent behind them in good faith must not take their place.
         let mut torn = false;
         while let Some(order) = orders.recv().await {
@@ -287,7 +289,7 @@ impl Attached {
     where
         W: Sink<Message, Error = SocketError> + Unpin,
     {
-        let settings = &self.api.config.link;
+        let settings = self.api.corridor.link.now();
         let write_timeout = Duration::from_secs(settings.write_timeout_secs);
         let (ping_every, dead_after) =
             (Duration::from_secs(settings.ping_secs), Duration::from_secs(settings.dead_secs));

@@ -15,7 +15,7 @@ use crate::protocol::path::FileUri;
 use crate::protocol::rest::ToolResult;
 use crate::protocol::rpc::{Metadata, OpenMode};
 use crate::relay::client::Client;
-use crate::tools::{Effect, Run, Site, Tool, ToolError, before, parse, resolve};
+use crate::tools::{Call, Effect, Run, Site, Tool, ToolError, before, parse, resolve};
 
 pub(in crate::tools) const TOOL: Tool = Tool {
     name: "read_file",
@@ -118,8 +118,7 @@ async fn call(site: Site<'_>, arguments: Arguments) -> Result<ToolResult, ToolEr
     let reading = async {
         let mut attempts = Attempts::harmless(site, deadline).await?;
         let (mut output, text, uri) = loop {
-            let attempt =
-                attempt(attempts.client(), &arguments, part, site.call.settings.output_bytes_max as u64).await;
+            let attempt = attempt(attempts.client(), &arguments, part, site.call).await;
             if let Some(read) = attempts.over(attempt).await {
                 break read?;
             }
@@ -166,7 +165,7 @@ async fn attempt(
     client: &Client,
     arguments: &Arguments,
     part: Part,
-    bytes_max: u64,
+    call: &Call,
 ) -> Result<(Output, String, FileUri), FileError> {
     let uri = resolve(client.environment(), "path", &arguments.path)?;
     let metadata = look_at_file(client, &uri).await?;
@@ -183,7 +182,7 @@ async fn attempt(
     };
     let text = match part {
         Part::Bytes { offset, limit } => {
-            let bytes = bytes(client, &uri, &metadata, offset, limit, bytes_max).await?;
+            let bytes = bytes(client, &uri, &metadata, offset, limit, call).await?;
             let whole = offset == 0 && limit.is_none_or(|limit| limit > bytes.len() as u64);
             if whole && (arguments.hash || bytes.len() as u64 <= HASH_BYTES_MAX) {
                 output.sha256 = Some(staging::sha256(&bytes));
@@ -212,8 +211,9 @@ async fn bytes(
     metadata: &Metadata,
     offset: u64,
     limit: Option<u64>,
-    bytes_max: u64,
+    call: &Call,
 ) -> Result<Vec<u8>, FileError> {
+    let bytes_max = call.settings.output_bytes_max as u64;
     let rest = metadata.size.saturating_sub(offset);
     let wanted = limit.unwrap_or(u64::MAX);
     if rest.min(wanted) > bytes_max {
@@ -223,6 +223,8 @@ async fn bytes(
         );
         return Err(Failure::new("too_large", message).into());
     }
+    // Whoever tries again holds it already.
+    call.held.grow_to(rest.min(wanted)).map_err(ToolError::from)?;
     let file = OpenFile::open(client, uri, OpenMode::Read).await?;
     // Files of /proc and the like tell no size: read to the end, within the bound.
     let end = offset.saturating_add(wanted.min(if metadata.size == 0 { bytes_max } else { rest }));

@@ -585,6 +585,36 @@ async fn a_gateway_that_stops(due) sees ["draining"] {
     drop(executor);
 }
 
+async fn limits_that_are_met_and_changed(due) sees [
+    r#"reloads_total{outcome="done"}"#, r#"reloads_total{outcome="refused"}"#, "rate_limited_total",
+    r#"shed_total{cause="bodies"}"#, r#"shed_total{cause="watermark"}"#, "memory_high", "memory_limit_bytes",
+    "body_memory_bytes",
+] {
+    let gateway = TestGateway::with(|config| {
+        (config.edge.body_bytes_max, config.memory.bodies_bytes_max) = (1000, 1000);
+        config.memory.limit_bytes = 1 << 40;
+    })
+    .await;
+    let caller = gateway.caller("w").await;
+    let call = async || caller.tool("box", "shell", json!({ "command": "true" })).await.status.as_u16();
+    let mut watch = Watch::start(gateway.gateway.ops(), due).await;
+    let held = gateway.gateway.api().memory.hold();
+    held.grow(1000).unwrap();
+    assert_eq!(call().await, 503);
+    watch.sees(&["body_memory_bytes"]).await;
+    drop(held);
+    // More than this is taken by any process.
+    gateway.reload(|config| config.memory.limit_bytes = MIB).unwrap();
+    watch.sees(&["memory_high"]).await;
+    assert_eq!(call().await, 503);
+    gateway.reload(|config| config.listen.clear()).unwrap_err();
+    gateway
+        .reload(|config| (config.workspace.calls_per_second_max, config.workspace.calls_burst_max) = (1, 1))
+        .unwrap();
+    eventually("it is told to slow down", async || (call().await == 429).then_some(())).await;
+    watch.sees_all().await;
+}
+
 async fn a_fault_of_the_program(due) sees ["panics_total"] {
     // No configuration file can have this: an interval of nothing panics.
     let state = Arc::new(Scratch::new());

@@ -13,6 +13,9 @@ pub(super) const PATH: Failures = &[(404, "not_found")];
 /// The credential of a caller.
 pub(super) const AUTH: Failures = &[(401, "missing_bearer"), (401, "invalid_token"), (503, "auth_unavailable")];
 
+/// The requests of a workspace in a second.
+pub(super) const PACE: Failures = &[(429, "rate_limited")];
+
 /// A credential that may only read.
 pub(super) const READ_ONLY: Failures = &[(403, "forbidden")];
 
@@ -25,8 +28,8 @@ pub(super) const BODY: Failures = &[(400, "bad_request"), (408, "body_timeout"),
 /// Parameters of the query, and headers.
 pub(super) const QUERY: Failures = &[(400, "bad_request")];
 
-/// A place among the calls of the workspace.
-pub(super) const PLACE: Failures = &[(429, "too_many_calls")];
+/// A place among the calls of the workspace, and memory for it.
+pub(super) const PLACE: Failures = &[(429, "too_many_calls"), (503, "overloaded")];
 
 /// The gateway's own store.
 pub(super) const STORE: Failures = &[(503, "store_unavailable")];
@@ -133,7 +136,8 @@ pub(super) const LINK: Failures = &[
 ];
 
 /// The socket of a harness.
-pub(super) const HARNESS_SOCKET: Failures = &[(429, "too_many_handshakes"), (429, "too_many_streams")];
+pub(super) const HARNESS_SOCKET: Failures =
+    &[(429, "too_many_handshakes"), (429, "too_many_streams"), (503, "overloaded")];
 
 /// The secret of a service; without one in the configuration there is no such path.
 pub(super) const SECRET: Failures = &[(401, "unauthorized"), (404, "not_found")];
@@ -147,7 +151,7 @@ pub(super) const REVOCATIONS: Failures = &[(503, "too_many_revocations")];
 
 /// A new transfer.
 pub(super) const NEW_TRANSFER: Failures =
-    &[(403, "forbidden"), (429, "too_many_transfers"), (503, "store_unavailable")];
+    &[(403, "forbidden"), (429, "too_many_transfers"), (503, "overloaded"), (503, "store_unavailable")];
 
 /// One side of a transfer.
 pub(super) const TRANSFER: Failures = &[

@@ -28,7 +28,7 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
     match route {
         Route::EnvList => Operation::new(Tag::Environments, CALLER)
             .answers_json(200, "Those that are connected.", schemas.answer::<EnvList>())
-            .fails(&[AUTH, DRAINING, STORE]),
+            .fails(&[AUTH, PACE, DRAINING, STORE]),
         Route::ToolCall => Operation::new(Tag::Environments, CALLER)
             .says(
                 "What the tool could not do is a result with `isError: true` and status 200; an error means that the \
@@ -38,7 +38,7 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
             .header("Idempotency-Key", text(), "Of `exec_command`: the same key gives the process of the first call.")
             .takes(&tool_call())
             .answers_json(200, "The tool's result.", tool_result(schemas))
-            .fails(&[AUTH, DRAINING, PLACE, BODY, READ_ONLY, CALL, AUDIT, REACH, SESSION, STDIN]),
+            .fails(&[AUTH, PACE, DRAINING, PLACE, BODY, READ_ONLY, CALL, AUDIT, REACH, SESSION, STDIN]),
         Route::FileGet => file(Operation::new(Tag::Files, CALLER))
             .header("Range", text(), "`bytes=FIRST-LAST`; of several ranges none is looked at.")
             .header("If-Range", text(), "An `ETag`: `Range` holds for this content only.")
@@ -81,14 +81,14 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
         }
         Route::ProcessList => {
             let list = object(json!({ "processes": { "type": "array", "items": schemas.answer::<Description>() } }));
-            Operation::new(Tag::Processes, CALLER).answers_json(200, "Oldest first.", list).fails(&[AUTH])
+            Operation::new(Tag::Processes, CALLER).answers_json(200, "Oldest first.", list).fails(&[AUTH, PACE])
         }
         Route::ProcessShow => Operation::new(Tag::Processes, CALLER)
             .answers_json(200, "The session.", schemas.answer::<Description>())
-            .fails(&[AUTH, KNOWN_SESSION]),
+            .fails(&[AUTH, PACE, KNOWN_SESSION]),
         Route::ProcessForget => Operation::new(Tag::Processes, CALLER)
             .answers_json(200, "Its process is ended, its output gone.", object(json!({ "ok": { "const": true } })))
-            .fails(&[AUTH, KNOWN_SESSION, READ_ONLY, AUDIT]),
+            .fails(&[AUTH, PACE, KNOWN_SESSION, READ_ONLY, AUDIT]),
         Route::ProcessOutput => {
             let output = json!({ "anyOf": [schemas.answer::<Output<'_>>(), schemas.answer::<HeadTail<'_>>()] });
             output_query(Operation::new(Tag::Processes, STREAM))
@@ -101,11 +101,11 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
                 .header("Last-Event-ID", text(), "Goes before `since`, for events.")
                 .answers_json(200, "A page.", output)
                 .answers_as(200, "text/event-stream", "Events `chunk`, `gap`, `lost`, and at last `exit`.")
-                .fails(&[AUTH, DRAINING, QUERY, KNOWN_SESSION, LIVE])
+                .fails(&[AUTH, PACE, DRAINING, QUERY, KNOWN_SESSION, LIVE])
         }
         Route::ProcessAttach => output_query(Operation::new(Tag::Processes, STREAM))
             .opens("Messages `chunk`, `gap`, `lost`, `exit` come, `stdin` and `terminate` may be sent, all in JSON.")
-            .fails(&[AUTH, DRAINING, QUERY, KNOWN_SESSION, LIVE, UPGRADE, AUDIT]),
+            .fails(&[AUTH, PACE, DRAINING, QUERY, KNOWN_SESSION, LIVE, UPGRADE, AUDIT]),
         Route::ProcessStdin => {
             let taken = json!({
                 "ok": { "const": true },
@@ -116,7 +116,7 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
                 .says("With `offset`, bytes that were accepted before are left out: a request may be sent again.")
                 .may_take(&schemas.request::<StdinBody>())
                 .answers_json(200, "All bytes were accepted.", object(taken))
-                .fails(&[AUTH, DRAINING, BODY, KNOWN_SESSION, READ_ONLY, AUDIT, STDIN, &[(400, "bad_base64")]])
+                .fails(&[AUTH, PACE, DRAINING, BODY, KNOWN_SESSION, READ_ONLY, AUDIT, STDIN, &[(400, "bad_base64")]])
         }
         Route::ProcessTerminate => {
             let ended = json!({
@@ -127,7 +127,7 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
             Operation::new(Tag::Processes, CALLER)
                 .may_take(&schemas.request::<TerminateBody>())
                 .answers_json(200, "It was asked to end, and where that is soon, has ended.", object(ended))
-                .fails(&[AUTH, BODY, KNOWN_SESSION, READ_ONLY, AUDIT])
+                .fails(&[AUTH, PACE, BODY, KNOWN_SESSION, READ_ONLY, AUDIT])
         }
         Route::RegisterCodex => {
             let encrypted = object(json!({
@@ -154,7 +154,7 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
         Route::Connect => Operation::new(Tag::Harnesses, CALLER)
             .takes(&object(json!({ "harness_public_key": good_key(schemas) })))
             .answers_json(200, "What to dial, for one key and 60 s.", schemas.answer::<ConnectResponse>())
-            .fails(&[AUTH, DRAINING, BODY, HARNESS, NOT_ENCRYPTED]),
+            .fails(&[AUTH, PACE, DRAINING, BODY, HARNESS, NOT_ENCRYPTED]),
         Route::Bridge => socket(),
         Route::CloudRelay => socket(),
         Route::Connected => {
@@ -213,7 +213,7 @@ pub(super) fn operation(route: Route, schemas: &mut Schemas) -> Operation {
             .answers_json(404, "No such method.", reference("RpcError"))
             .answers_json(406, "`Accept` lacks a media type.", reference("RpcError"))
             .with(401, "WWW-Authenticate", "Challenge")
-            .fails(&[AUTH, DRAINING, PLACE, BODY, MCP]),
+            .fails(&[AUTH, PACE, DRAINING, PLACE, BODY, MCP]),
         Route::ProtectedResource => {
             let texts = json!({ "type": "array", "items": text() });
             let mut document =
@@ -284,7 +284,7 @@ fn tool_result(schemas: &mut Schemas) -> Value {
 fn file(operation: Operation) -> Operation {
     operation
         .needs("path", text(), "Relative paths and `~` are taken on the executor.")
-        .fails(&[AUTH, DRAINING, PLACE, AUDIT, REACH, FILE])
+        .fails(&[AUTH, PACE, DRAINING, PLACE, AUDIT, REACH, FILE])
 }
 
 /// Which output is wanted, by number.
@@ -328,5 +328,5 @@ fn socket() -> Operation {
         .with(404, "X-Codex-Rendezvous-Rejection-Reason", "Rejection")
         .with(409, "X-Codex-Rendezvous-Rejection-Reason", "Rejection")
         .with(426, "Upgrade", "Upgrade")
-        .fails(&[AUTH, DRAINING, AUDIT, UPGRADE, LINK, HARNESS, HARNESS_SOCKET])
+        .fails(&[AUTH, PACE, DRAINING, AUDIT, UPGRADE, LINK, HARNESS, HARNESS_SOCKET])
 }

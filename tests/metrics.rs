@@ -607,7 +607,7 @@ async fn limits_that_are_met_and_changed(due) sees [
     gateway.reload(|config| config.memory.limit_bytes = MIB).unwrap();
     watch.sees(&["memory_high"]).await;
     assert_eq!(call().await, 503);
-    gateway.reload(|config| config.listen.clear()).unwrap_err();
+    gateway.reload(|config| config.auth.upstream_url = Some("nobody".into())).unwrap_err();
     gateway
         .reload(|config| (config.workspace.calls_per_second_max, config.workspace.calls_burst_max) = (1, 1))
         .unwrap();

@@ -8,9 +8,13 @@ use serde_json::json;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::support::{Caller, Scratch, TestGateway, Upstream, Verdict, Workbench, eventually};
+use crate::flavours::{Executor, Flavour};
+use crate::support::harness::dial;
+use crate::support::{
+    Caller, FakeExecutor, MIB, Scratch, TestGateway, Upstream, Verdict, Workbench, eventually, noise,
+};
 
-/// The knob, the file of the test, the test. `""` and `""` where no test sees it yet.
+/// The knob, the file of the test, the test.
 const SEEN: &[(&str, &str, &str)] = &[
     ("listen", "tests/cli.rs", "the_ready_line_is_plain_text_at_any_level_and_format_and_term_exits_0"),
     ("ops_listen", "tests/cli.rs", "the_ready_line_is_plain_text_at_any_level_and_format_and_term_exits_0"),
@@ -90,8 +94,8 @@ const SEEN: &[(&str, &str, &str)] = &[
         "while_a_direct_executor_answers_another_process_is_held_and_then_refused",
     ),
     ("link.executor_wait_secs", "tests/links.rs", "a_link_lost_before_the_request_was_sent_ran_nothing"),
-    ("link.executor_seen_secs", "", ""),
-    ("link.harness_wait_secs", "", ""),
+    ("link.executor_seen_secs", "tests/knobs.rs", "an_executor_that_was_not_seen_lately_is_not_waited_for"),
+    ("link.harness_wait_secs", "tests/knobs.rs", "harnesses_wait_for_an_executor_for_a_time_of_their_own"),
     ("link.first_frame_secs", "tests/bridge_faults.rs", "first_words_that_make_no_harness_end_the_socket"),
     ("link.streams_max", "tests/limits.rs", "streams_past_the_bound_of_a_link_are_refused"),
     ("link.workspace_streams_max", "tests/limits.rs", "streams_past_the_share_of_a_workspace_leave_room_for_another"),
@@ -106,7 +110,7 @@ const SEEN: &[(&str, &str, &str)] = &[
         "src/relay/link.rs",
         "who_floods_a_link_lets_a_neighbour_pass_within_an_outbox_and_a_batch",
     ),
-    ("link.stream_bytes_max", "", ""),
+    ("link.stream_bytes_max", "src/relay/link.rs", "an_inbox_has_room_for_its_bytes_in_frames_of_the_largest_size"),
     (
         "link.spill_memory_bytes_max",
         "src/relay/spill.rs",
@@ -125,14 +129,14 @@ const SEEN: &[(&str, &str, &str)] = &[
     ),
     ("link.frame_bytes_max", "tests/bridge_faults.rs", "a_message_that_is_too_large_ends_its_harness_alone"),
     ("link.message_bytes_max", "tests/bridge_faults.rs", "a_message_that_is_too_large_ends_its_harness_alone"),
-    ("link.json_frame_bytes_max", "", ""),
+    ("link.json_frame_bytes_max", "tests/knobs.rs", "a_frame_without_relay_frames_has_a_bound"),
     (
         "link.adopt_secs",
         "tests/flavours.rs",
         "silent_processes_that_nobody_takes_up_after_a_gateway_was_killed_are_ended",
     ),
     ("link.sessions_max", "src/relay/shared_tests.rs", "sessions_outlive_the_socket_and_their_bound_is_kept"),
-    ("link.read_buffer_bytes", "", ""),
+    ("link.read_buffer_bytes", "src/edge/upgrade.rs", "a_socket_has_the_sizes_that_were_given"),
     (
         "link.registrations_max",
         "src/store/embedded_tests.rs",
@@ -188,7 +192,7 @@ const SEEN: &[(&str, &str, &str)] = &[
         "tests/endure.rs",
         "an_idle_session_leaves_nothing_behind_and_one_that_prints_is_not_idle",
     ),
-    ("session.memory_bytes_max", "", ""),
+    ("session.memory_bytes_max", "tests/knobs.rs", "of_a_long_output_so_much_stays_in_memory"),
     (
         "session.spill_bytes_max",
         "tests/endure.rs",
@@ -196,7 +200,7 @@ const SEEN: &[(&str, &str, &str)] = &[
     ),
     ("session.workspace_spill_bytes_max", "src/session/quota.rs", "one_workspace_over_its_bound_costs_another_nothing"),
     ("session.total_spill_bytes_max", "src/session/quota.rs", "the_bound_of_all_counts_what_the_workspaces_have_left"),
-    ("session.disk_free_percent", "", ""),
+    ("session.disk_free_percent", "src/session/quota.rs", "a_part_of_the_disk_stays_free"),
     ("session.page_bytes", "tests/knobs.rs", "bounds_of_calls_and_pages_follow_a_reload"),
     ("session.page_bytes_max", "tests/knobs.rs", "bounds_of_calls_and_pages_follow_a_reload"),
     ("session.streams_max", "tests/attach.rs", "streams_past_the_bound_are_refused_until_one_ends"),
@@ -210,7 +214,7 @@ const SEEN: &[(&str, &str, &str)] = &[
     ),
     ("audit.contents", "tests/audit.rs", "contents_are_on_record_where_the_operator_wants_them"),
     ("audit.detail_bytes_max", "src/audit/tests.rs", "what_is_too_long_is_cut_and_told_by_size_and_hash"),
-    ("audit.content_bytes_max", "", ""),
+    ("audit.content_bytes_max", "src/audit/tests.rs", "contents_have_a_bound_of_their_own"),
     ("audit.file_bytes_max", "src/audit/tests.rs", "a_kill_at_any_byte_leaves_a_chain_that_goes_on"),
     ("audit.bytes_max", "src/audit/tests.rs", "the_oldest_files_go_for_the_quota_and_the_rest_still_verifies"),
     ("audit.retention_days", "src/audit/tests.rs", "files_go_when_their_time_is_over"),
@@ -224,17 +228,12 @@ const SEEN: &[(&str, &str, &str)] = &[
     ("drain.grace_secs", "tests/relink.rs", "a_gateway_that_stops_waits_for_no_link"),
 ];
 
-/// Knobs that no test sees: to be emptied, never to grow.
-const UNSEEN_MAX: usize = 8;
-
 #[test]
 fn every_knob_has_a_test_that_sees_it_take_effect() {
     let listed: Vec<&str> = SEEN.iter().map(|(knob, ..)| *knob).collect();
     let known: Vec<&str> = KNOBS.iter().map(|knob| knob.name).collect();
     assert_eq!(listed, known, "the list has every knob, in the order of the table");
-    let unseen: Vec<&str> = SEEN.iter().filter(|(_, file, _)| file.is_empty()).map(|(knob, ..)| *knob).collect();
-    assert!(unseen.len() <= UNSEEN_MAX, "without a test: {unseen:?}");
-    for (knob, file, test) in SEEN.iter().filter(|(_, file, _)| !file.is_empty()) {
+    for (knob, file, test) in SEEN {
         let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file));
         let text = text.unwrap_or_else(|error| panic!("{knob}: {file}: {error}"));
         let here = text.find(&format!("fn {test}(")).unwrap_or_else(|| panic!("{knob}: no test {test} in {file}"));
@@ -374,4 +373,78 @@ async fn bounds_of_calls_and_pages_follow_a_reload() {
     let (usual, most) = (page("").await, page("&max_bytes=100000").await);
     assert!((1..5000).contains(&usual), "{usual}");
     assert!((usual..7000).contains(&most), "{most} of 12000");
+}
+
+#[tokio::test]
+async fn an_executor_that_was_not_seen_lately_is_not_waited_for() {
+    let gateway = TestGateway::with(|config| {
+        (config.link.executor_seen_secs, config.link.harness_wait_secs) = (1, 600);
+    })
+    .await;
+    let (credentials, caller) = (gateway.executor("w", "box").await, gateway.caller("w").await);
+    drop(FakeExecutor::connected(&gateway, &credentials).await);
+    let path = format!("/bridge/{}", credentials.executor);
+    eventually("it is refused at once", async || {
+        // A harness of the first second waits.
+        let refused = timeout(Duration::from_secs(5), dial(&caller, &path)).await.ok()?;
+        (refused.unwrap_err().0 == 503).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn harnesses_wait_for_an_executor_for_a_time_of_their_own() {
+    let gateway = TestGateway::with(|config| {
+        (config.link.harness_wait_secs, config.link.executor_wait_secs) = (1, 4);
+    })
+    .await;
+    let (credentials, caller) = (gateway.executor("w", "box").await, gateway.caller("w").await);
+    drop(FakeExecutor::connected(&gateway, &credentials).await);
+    let path = format!("/bridge/{}", credentials.executor);
+    let call = async { caller.tool("box", "shell", json!({ "command": "true" })).await.status.as_u16() };
+    let first = tokio::select! {
+        status = call => ("call", status),
+        refused = dial(&caller, &path) => ("harness", refused.unwrap_err().0),
+    };
+    assert_eq!(first, ("harness", 503));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frame_without_relay_frames_has_a_bound() {
+    let gateway = TestGateway::with(|config| {
+        (config.link.json_frame_bytes_max, config.tools.relink_wait_secs) = (65_536, 1);
+    })
+    .await;
+    let (credentials, caller) = (gateway.executor("w", "box").await, gateway.caller("w").await);
+    let executor = Executor::start(Flavour::Agentx, gateway.address(), &credentials).await;
+    eventually("it is connected", async || (caller.environments().await == ["box"]).then_some(())).await;
+    let read = async |bytes: usize| {
+        let path = executor.process().home().join(bytes.to_string());
+        std::fs::write(&path, noise(7, bytes)).unwrap();
+        let answer = caller.tool("box", "read_file", json!({ "path": path, "encoding": "base64" })).await;
+        answer.status.as_u16()
+    };
+    assert_eq!(read(20_000).await, 200);
+    assert_eq!(read(100_000).await, 502);
+    gateway.reload(|config| config.link.json_frame_bytes_max = MIB).unwrap();
+    eventually("its next socket takes more", async || (read(100_000).await == 200).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_long_output_so_much_stays_in_memory() {
+    let bench = Workbench::with(|config| config.session.memory_bytes_max = 64 * 1024).await;
+    let ops = Caller::new(bench.gateway.gateway.ops(), None);
+    let command = format!("yes | head -c {MIB}");
+    let started = bench.caller.result("box", "exec_command", json!({ "command": command })).await;
+    let path = format!("/api/connectors/processes/{}", started["structuredContent"]["session_id"].as_str().unwrap());
+    eventually("it is over", async || {
+        (bench.caller.send("GET", &path, &[], "").await.json()["state"] == "exited").then_some(())
+    })
+    .await;
+    let page = String::from_utf8(ops.send("GET", "/metrics", &[], "").await.body.to_vec()).unwrap();
+    let held = |place: &str| -> f64 {
+        let series = format!("exec_gateway_session_journal_bytes{{place=\"{place}\"}} ");
+        page.lines().find_map(|line| line.strip_prefix(&*series)).unwrap().parse().unwrap()
+    };
+    assert!(held("disk") > MIB as f64 && (1.0..=65_536.0).contains(&held("memory")), "{page}");
 }

@@ -122,6 +122,22 @@ async fn what_is_too_long_is_cut_and_told_by_size_and_hash() {
 }
 
 #[tokio::test]
+async fn contents_have_a_bound_of_their_own() {
+    for (content_bytes_max, whole) in [(256, false), (4096, true)] {
+        let dir = ScratchDir::new();
+        let settings = config::Audit { contents: true, detail_bytes_max: 256, content_bytes_max, ..settings() };
+        let audit = Audit::open(dir.path(), settings).unwrap();
+        let contents = json!({ "content": "x".repeat(2000) });
+        drop(audit.begin(act("req").containing(contents.clone())).await.unwrap());
+        audit.close();
+        let records = records(dir.path());
+        let recorded = &of_kind(&records, "begin")[0]["contents"];
+        assert_eq!(*recorded == contents, whole, "{recorded}");
+        assert_eq!(recorded["bytes"] == contents.to_string().len(), !whole, "{recorded}");
+    }
+}
+
+#[tokio::test]
 async fn contents_are_recorded_only_where_that_is_switched_on() {
     for contents in [false, true] {
         let dir = ScratchDir::new();

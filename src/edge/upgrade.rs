@@ -98,3 +98,15 @@ pub fn accept<B>(
     };
     (response, socket)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_has_the_sizes_that_were_given() {
+        let config = WebSocketConfig::from(SocketLimits { read_buffer_bytes: 512, message_bytes_max: 1000 });
+        assert_eq!(config.read_buffer_size, 512);
+        assert_eq!((config.max_message_size, config.max_frame_size), (Some(1000), Some(1000)));
+    }
+}

@@ -996,6 +996,21 @@ pub(super) mod tests {
         deliver(Frame { stream_id: stream.clone(), body: Body::Heartbeat }, Bytes::new(), link).await;
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn an_inbox_has_room_for_its_bytes_in_frames_of_the_largest_size() {
+        let settings = config::Link { stream_bytes_max: 4096, frame_bytes_max: 1024, ..config::Link::default() };
+        let (link, _outbox) = link_with(settings);
+        let mut stream = link.open_stream(&"w".parse().unwrap()).unwrap();
+        let id = stream.id().clone();
+        for nth in 0..4 {
+            assert!(say(&link, &id).now_or_never().is_some(), "frame {nth}");
+        }
+        let mut fifth = Box::pin(say(&link, &id));
+        assert!((&mut fifth).now_or_never().is_none(), "the link waits for its reader");
+        assert_eq!(stream.receive().await, Ok(Body::Heartbeat));
+        fifth.await;
+    }
+
     #[tokio::test]
     async fn the_streams_of_a_workspace_end_with_its_right_and_no_others() {
         let (link, mut outbox) = link_with(config::Link::default());

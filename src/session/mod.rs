@@ -912,9 +912,8 @@ impl Sessions {
     fn disk_share(&self, taken: u64) -> u64 {
         let Some(parent) = self.directory.parent() else { return u64::MAX };
         let Ok(disk) = rustix::fs::statvfs(parent) else { return u64::MAX };
-        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        let kept_free = disk.f_blocks.saturating_mul(disk.f_frsize) / 100 * self.settings.now().disk_free_percent;
-        taken.saturating_add(free).saturating_sub(kept_free)
+        let [free, size] = [disk.f_bavail, disk.f_blocks].map(|blocks| blocks.saturating_mul(disk.f_frsize));
+        quota::disk_share(taken, free, size, self.settings.now().disk_free_percent)
     }
 
     /// The workspace of a session that no caller is asking for right now, under a right of its own.

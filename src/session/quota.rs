@@ -69,6 +69,12 @@ fn cut(left: &mut Vec<Usage>, mut excess: u64, reliefs: &mut Vec<Relief>, concer
     }
 }
 
+/// Bytes that output may take of a disk of this size, of which it takes `taken` and `free` are free, so that so much of
+/// it stays free.
+pub(super) fn disk_share(taken: u64, free: u64, size: u64, free_percent: u64) -> u64 {
+    taken.saturating_add(free).saturating_sub(size / 100 * free_percent)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -116,5 +122,12 @@ mod tests {
     fn the_bound_of_all_counts_what_the_workspaces_have_left() {
         let usages = [usage("a", "w", 20, Some(5)), usage("b", "v", 8, Some(1)), usage("c", "u", 8, Some(2))];
         assert_eq!(relieve(&usages, 10, 10), [forget("a"), forget("b")]);
+    }
+
+    #[test]
+    fn a_part_of_the_disk_stays_free() {
+        assert_eq!(disk_share(10, 60, 100, 0), 70);
+        assert_eq!(disk_share(10, 60, 100, 10), 60);
+        assert_eq!(disk_share(10, 60, 100, 90), 0, "others have taken it already");
     }
 }
